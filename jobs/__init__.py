@@ -1,0 +1,1 @@
+"""One verb per file: `python -m jobs.<verb> --recipe R [--set section.key=value]`."""

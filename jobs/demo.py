@@ -1,0 +1,58 @@
+"""The whole way once, and one request to the endpoint: what `make demo` runs."""
+
+import json
+import sys
+
+import httpx
+import ray.serve
+
+from disranker import recipe as recipes
+from disranker import report
+from disranker.recipe import Recipe
+from disranker.store import Store
+from jobs import launch, pipeline
+from jobs.launch import say
+from jobs.publish import BUNDLE
+from serve.app import Settings, serve_here
+
+
+def run(recipe: Recipe) -> None:
+    pipeline.run(recipe)
+    store = Store(recipe.root)
+    launch.connect()
+    with store.fs.open_input_stream(store.at("report", "report.json")) as file:
+        found = report.read(file.read())
+    print(f"\n{_heading(recipe, found)}\n{report.table(found)}\n", flush=True)
+    settings = Settings(bundle=store.folder(BUNDLE), tokens_per_batch=recipe.serve.tokens_per_batch)
+    try:
+        url = serve_here(settings, port=recipe.serve.port)
+        say(f"serve: {url}")
+        _ask(url, store)
+    finally:
+        ray.serve.shutdown()
+        ray.shutdown()
+    say(f"report: {store.uri}/report/report.html")
+
+
+def _heading(recipe: Recipe, found: report.Report) -> str:
+    world = "a made-up world" if recipe.made_up else "your data"
+    return f"{found['queries']} test queries of {world}, value [{found['confidence']:.0%} interval]"
+
+
+def _ask(url: str, store: Store) -> None:
+    """One rerank request with a test query, and the answer, as a client would see them."""
+    group = max(store.read("groups", part=0).to_pylist(), key=lambda group: (group["split"] == "test", len(group["docs"])))
+    documents = [{"title": doc["title"], "summary": doc["summary"]} for doc in group["docs"]]
+    body = {"query": group["query"], "documents": documents, "top_n": 3, "return_documents": True}
+    answer = httpx.post(f"{url}/v1/rerank", json=body, timeout=60).raise_for_status().json()
+    print(f"\nPOST {url}/v1/rerank  query {body['query']!r}, {len(documents)} documents, top_n 3")
+    print(json.dumps(answer, indent=1) + "\n", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = launch.parser("python -m jobs.demo", __doc__).parse_args(argv)
+    return launch.guarded(lambda: run(recipes.load(arguments.recipe, arguments.set)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Fine-tuning with a rank loss: the teacher learns to score, on grades, on evidence, or both."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from disranker import teacher
+from disranker.contract import Tokens
+from disranker.recipe import Recipe, Refused
+from disranker.stages import Step
+from disranker.store import Store
+from jobs import launch, training
+
+
+def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
+    if "decoder" in step.reads:
+        return training.run(recipe, store, step, Path(store.folder("decoder")))
+    with tempfile.TemporaryDirectory() as folder:
+        teacher.copy(recipe.teacher.base, Path(folder), "encoder")
+        Tokens.agree(folder, "encoder", recipe.teacher).contract.save(folder)
+        return training.run(recipe, store, step, Path(folder))
+
+
+def task(recipe: Recipe, store: Store, tokens: Tokens) -> teacher.Ranking:
+    groups = training.groups(store)
+    ranking = teacher.Ranking(groups["train"], groups["validation"], tokens, recipe.finetune)
+    if not ranking.sizes:
+        raise Refused(f"finetune: no training list has two different targets with labels {recipe.finetune.labels}")
+    return ranking
+
+
+def model(folder: str, tokens: Tokens, seed: int) -> nn.Module:
+    return teacher.scorer(folder, tokens, seed)
+
+
+if __name__ == "__main__":
+    sys.exit(launch.main("finetune"))

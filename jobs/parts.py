@@ -1,0 +1,70 @@
+"""Ray Data over the parts of a table: one task holds one part, and writes it under a name that its number decides."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+Block = dict[str, Any]
+
+
+def flat(items: Iterable[Any], read: Callable[[Any], Iterator[pa.Table]]) -> ray.data.Dataset:
+    """All tables that `read` streams from each item; an item is one task."""
+
+    def tables(batch: Block) -> Iterator[pa.Table]:
+        for item in batch["item"]:
+            yield from read(item)
+
+    listed = [{"item": item} for item in items]
+    return ray.data.from_items(listed, override_num_blocks=len(listed)).map_batches(tables, batch_size=1)
+
+
+def gather(records: ray.data.Dataset, parts: int, write: Callable[[int, pa.Table], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Brings the rows of each `part` together, hands them to `write`, and returns what it says of each."""
+
+    def whole(rows: pa.Table) -> pa.Table:
+        part = rows["part"][0].as_py()
+        return pa.Table.from_pylist([{"said": json.dumps(write(part, rows))}])
+
+    shuffled = records.groupby("part", num_partitions=parts).map_groups(whole, batch_format="pyarrow")
+    return [json.loads(row["said"]) for row in shuffled.iter_rows()]
+
+
+def each(parts: int, work: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a function says of each part."""
+    mapped = _numbers(parts).map_batches(lambda batch: _said(work, batch), batch_size=1)
+    return [json.loads(row["said"]) for row in mapped.iter_rows()]
+
+
+def each_by(parts: int, worker: type, *arguments: Any) -> list[dict[str, Any]]:
+    """What a worker says of each part; it is made once an actor, with the arguments, where making it is dear."""
+
+    class Actor:
+        def __init__(self) -> None:
+            self.work = worker(*arguments)
+
+        def __call__(self, batch: Block) -> Block:
+            return _said(self.work, batch)
+
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=parts)
+    mapped = _numbers(parts).map_batches(Actor, batch_size=1, compute=pool)
+    return [json.loads(row["said"]) for row in mapped.iter_rows()]
+
+
+def total(said: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Counts of all parts, added up."""
+    counter: Counter[str] = Counter()
+    for counts in said:
+        counter.update(counts)
+    return dict(counter)
+
+
+def _numbers(parts: int) -> ray.data.Dataset:
+    return ray.data.range(parts, override_num_blocks=parts)
+
+
+def _said(work: Callable[[int], dict[str, Any]], batch: Block) -> Block:
+    return {"said": [json.dumps(work(int(part))) for part in batch["id"]]}

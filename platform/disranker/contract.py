@@ -1,0 +1,127 @@
+"""(query, title, summary) -> token ids, the same in training, scoring and serving; and the digest that proves it.
+
+Decoder:  [bos] query \\n title \\n summary </s>     the last token alone has seen all before it
+Encoder:  [CLS] query [SEP] title summary [SEP]    segment 0 to the first [SEP], then 1
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import pydantic
+from tokenizers import Tokenizer
+
+from disranker.recipe import Refused, Student, Teacher, digest
+
+FILE = "contract.json"
+VERSION = 1  # of the templates above; a change makes old labels and checkpoints unusable, and says so
+
+
+class Contract(pydantic.BaseModel):
+    """What decides the ids of a text. Saved beside every model as `contract.json`."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    version: int = VERSION
+    form: Literal["decoder", "encoder"]
+    tokenizer: str  # digest of tokenizer.json
+    pad: int
+    open: int | None  # bos of a decoder (None if it has none), [CLS] of an encoder
+    close: int  # </s> or [SEP]
+    max_query_tokens: int
+    max_title_tokens: int
+    max_tokens: int
+
+    @property
+    def digest(self) -> str:
+        return digest(self.model_dump())
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / FILE).write_text(self.model_dump_json(indent=1))
+
+
+class Tokens:
+    """A contract with its tokenizer: texts in, ids out."""
+
+    def __init__(self, contract: Contract, tokenizer: Tokenizer):
+        self.contract = contract
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # "[SEP]" typed by a user is text, not a border between fields
+        self._tokenizer = tokenizer
+        self._newline = tokenizer.encode("\n", add_special_tokens=False).ids if contract.form == "decoder" else []
+
+    @classmethod
+    def agree(cls, folder: str | Path, form: Literal["decoder", "encoder"], limits: Teacher | Student) -> Self:
+        """The contract of the tokenizer in `folder` under the limits of the recipe.
+
+        Raises `Refused` where the tokenizer has no token to close a text with, or pads with that very token: the last
+        token that is not padding carries the score, and would be lost.
+        """
+        from transformers import AutoTokenizer
+
+        named = AutoTokenizer.from_pretrained(folder)
+        if form == "encoder":
+            opened, closed = named.cls_token_id, named.sep_token_id
+        else:
+            opened, closed = named.bos_token_id, named.eos_token_id
+        if closed is None or named.pad_token_id is None or named.pad_token_id == closed:
+            raise Refused(
+                f"tokenizer in {folder}: the closing token ({closed}) and the padding token ({named.pad_token_id}) "
+                "must both exist and differ; set pad_token in its tokenizer_config.json"
+            )
+        contract = Contract(
+            form=form,
+            tokenizer=file_digest(Path(folder) / "tokenizer.json"),
+            pad=named.pad_token_id,
+            open=opened,
+            close=closed,
+            max_query_tokens=limits.max_query_tokens,
+            max_title_tokens=limits.max_title_tokens,
+            max_tokens=limits.max_tokens,
+        )
+        return cls(contract, Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The contract saved with a model. Raises `Refused` if it was made for another tokenizer than is here."""
+        contract = Contract.model_validate_json((Path(folder) / FILE).read_text())
+        found = file_digest(Path(folder) / "tokenizer.json")
+        if (contract.version, contract.tokenizer) != (VERSION, found):
+            raise Refused(
+                f"{folder}: {FILE} was made for tokenizer {contract.tokenizer} and template {contract.version}, "
+                f"but here are tokenizer {found} and template {VERSION}"
+            )
+        return cls(contract, Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+
+    def pairs(self, queries: Sequence[str], titles: Sequence[str], summaries: Sequence[str]) -> list[list[int]]:
+        """Ids of each (query, title, summary), between 2 and `max_tokens` long and always closed."""
+        return [ids for ids, _ in self.prompts(queries, titles, summaries)]
+
+    def prompts(
+        self, queries: Sequence[str], titles: Sequence[str], summaries: Sequence[str]
+    ) -> list[tuple[list[int], int]]:
+        """As `pairs`, with the number of ids of the query: the prompt of the language model, or segment 0."""
+        encoded = (self._encode(texts) for texts in (queries, titles, summaries))
+        return [self._pair(*fields) for fields in zip(*encoded, strict=True)]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # A leading space gives a word the same ids at the start of a field as inside it (byte-level vocabularies).
+        spaced = [f" {text}" if text else "" for text in texts] if self.contract.form == "decoder" else list(texts)
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(spaced, add_special_tokens=False)]
+
+    def _pair(self, query: list[int], title: list[int], summary: list[int]) -> tuple[list[int], int]:
+        c = self.contract
+        separator = self._newline if c.form == "decoder" else [c.close]
+        prompt = ([] if c.open is None else [c.open]) + query[: c.max_query_tokens] + separator
+        document = title[: c.max_title_tokens]
+        if summary:
+            document = document + self._newline + summary
+        return [*(prompt + document)[: c.max_tokens - 1], c.close], len(prompt)
+
+
+def file_digest(path: str | Path) -> str:
+    """A short, stable name for the content of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

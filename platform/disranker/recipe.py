@@ -1,0 +1,288 @@
+"""Every number of a run: one frozen model per stage, YAML in, `--set` overrides, fingerprints."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import pydantic
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+
+Count = Annotated[int, Gt(0)]
+Amount = Annotated[int, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Positive = Annotated[float, Gt(0)]
+
+
+class Refused(ValueError):
+    """Input or settings that a person must mend; jobs print the message alone and exit 2."""
+
+
+class Settings(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class World(Settings):
+    """Size of the made-up search engine (`world.py`)."""
+
+    documents: Count = 3000
+    queries: Count = 1500
+    judged: Count = 1000  # queries that people graded
+    searches: Count = 40_000
+    shards: Count = 4  # log files written side by side; part of what the seed decides
+
+
+class Data(Settings):
+    """Where real input lies: paths, globs or `pyarrow.fs` URIs. Empty: the made-up world is written and read."""
+
+    queries: list[str] = []  # UBI 1.3 query records, NDJSON, plain or gzip
+    events: list[str] = []  # UBI 1.3 events, the same
+    documents: list[str] = []  # parquet or JSONL with doc_id, title, summary
+    judgments: list[str] = []  # parquet or JSONL with query, doc_id, grade and, if given, split
+
+    @pydantic.model_validator(mode="after")
+    def _together(self) -> Self:
+        given = [name for name in ("queries", "events", "documents") if getattr(self, name)]
+        if (given and len(given) < 3) or (self.judgments and not given):
+            raise ValueError("queries, events and documents belong together: all three, or none for the made-up world")
+        return self
+
+
+class Ingest(Settings):
+    parts: Count = 8  # files per table; one task holds one part in memory
+
+
+class Aggregate(Settings):
+    click_model: Literal["pbm", "ctr"] = "pbm"  # position-based (examination by EM), or plain clicks over impressions
+    em_rounds: Count = 30
+    prior_impressions: Positive = 4.0  # pseudo-impressions at the mean attractiveness
+    max_searches_per_client: Count = 80  # a client with more is a bot; its searches are left out and counted
+    head_share: Share = 0.5  # the most frequent queries that make up this share of searches
+    torso_share: Share = 0.3  # the next ones; what remains is the tail
+    validation_share: Share = 0.1
+    test_share: Share = 0.2
+
+
+class Sample(Settings):
+    """Candidates for each query: graded ones, shown ones, first by BM25, random ones; each document once."""
+
+    judged: Amount = 10  # graded documents in a training list; a test list holds all of them and nothing else
+    shown: Amount = 10  # seen by shoppers, most impressions first
+    bm25: Amount = 6  # first by BM25, shown or not
+    random: Amount = 4
+    min_clicks: Count = 1  # of a pair to become a pre-training example
+
+
+class Model(Settings):
+    """What teacher and student share; vocabulary, width, layers and heads are those of `scratch`."""
+
+    base: str = "scratch"  # or a folder or hub name
+    vocabulary: Count = 2000
+    width: Count = 128
+    layers: Count = 3
+    heads: Count = 4
+    max_query_tokens: Count = 16
+    max_title_tokens: Count = 24
+    max_tokens: Count = 64  # query, title, summary and special tokens together; the summary gives way first
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        if self.max_query_tokens + self.max_title_tokens + 4 > self.max_tokens:
+            raise ValueError("max_tokens must leave room for max_query_tokens, max_title_tokens and 4 special tokens")
+        return self
+
+
+class Teacher(Model):
+    """A decoder, or a sequence-classification encoder."""
+
+
+class Student(Model):
+    """A BERT. `layers` counts also what is taken of a base."""
+
+    take: Literal["first", "last", "every_second"] = "first"  # which layers of the base
+
+
+class Training(Settings):
+    """What the three training stages share."""
+
+    epochs: Count = 1
+    lr: Positive = 1e-3
+    warmup_share: Annotated[float, Ge(0), Lt(1)] = 0.1
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    clip_norm: Positive = 1.0
+    tokens_per_batch: Count = 2048  # of one worker
+    checkpoint_every_steps: Count = 100
+    workers: Count = 2  # data parallel
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Amount = 0
+
+
+class Pretrain(Training):
+    epochs: Count = 6
+    lr: Positive = 2e-3
+
+
+class Finetune(Training):
+    epochs: Count = 3
+    labels: Literal["grades", "evidence", "grades_then_evidence"] = "grades_then_evidence"
+    loss: Literal["margin", "ranknet", "listwise", "pointwise"] = "ranknet"
+    margin: Positive = 0.5
+    min_impressions: Amount = 5  # below, a pair's attractiveness is no label
+
+
+class Score(Settings):
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    actors: Count = 1
+    cpus_per_actor: Count = 1
+    gpus_per_actor: Amount = 0
+    pairs_per_batch: Count = 1024
+    max_batched_tokens: Count = 4096
+    kv_cache_gib: Count = 1  # CPU only
+
+
+class Distill(Training):
+    epochs: Count = 3
+    alpha: Annotated[float, Ge(0)] = 1.0  # weight of Point-MSE
+    beta: Annotated[float, Ge(0)] = 1.0  # weight of Margin-MSE
+
+    @pydantic.model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if self.alpha == self.beta == 0:
+            raise ValueError("alpha and beta are both 0: nothing would be learned")
+        return self
+
+
+class Evaluate(Settings):
+    resamples: Count = 2000  # of queries, for intervals
+    confidence: Annotated[float, Gt(0), Lt(1)] = 0.95
+
+
+class Publish(Settings):
+    """The gate: what a student must reach on the test queries to be released."""
+
+    min_share_of_teacher: Share = 0.95  # of the teacher's NDCG@10
+    beat_bm25: bool = True  # the interval of the difference in NDCG@10 lies above 0
+
+
+class Serve(Settings):
+    port: Annotated[int, Ge(0), Le(65535)] = 8000
+    tokens_per_batch: Count = 4096
+    max_documents: Count = 1000
+
+
+class Recipe(Settings):
+    root: str  # every table, model and report of the run: a path or a `pyarrow.fs` URI
+    seed: int = 1
+    world: World = World()
+    data: Data = Data()
+    ingest: Ingest = Ingest()
+    aggregate: Aggregate = Aggregate()
+    sample: Sample = Sample()
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    pretrain: Pretrain = Pretrain()
+    finetune: Finetune = Finetune()
+    score: Score = Score()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    publish: Publish = Publish()
+    serve: Serve = Serve()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.aggregate.validation_share + self.aggregate.test_share >= 1:
+            raise ValueError("aggregate: validation_share and test_share leave no query to train on")
+        if self.aggregate.head_share + self.aggregate.torso_share > 1:
+            raise ValueError("aggregate: head_share and torso_share exceed 1")
+        per_list = self.sample.judged + self.sample.shown + self.sample.bm25 + self.sample.random
+        if per_list < 2:
+            raise ValueError("sample: judged, shown, bm25 and random give fewer than the 2 documents a rank loss needs")
+        for stage, model in (("finetune", self.teacher), ("distill", self.student)):
+            if getattr(self, stage).tokens_per_batch < per_list * model.max_tokens:
+                raise ValueError(
+                    f"{stage}: tokens_per_batch {getattr(self, stage).tokens_per_batch} cannot hold one list of "
+                    f"{per_list} documents of {model.max_tokens} tokens; {per_list * model.max_tokens} or more can"
+                )
+        return self
+
+    @property
+    def made_up(self) -> bool:
+        """Whether the run reads the made-up world."""
+        return not self.data.documents
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file with `a.b=value` overrides laid over it. Raises `Refused` in one line."""
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise Refused(f"recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise Refused(f"recipe {path} holds {type(content).__name__}, not settings by name")
+    for override in overrides or []:
+        _set(content, override)
+    return parse(content)
+
+
+def parse(content: dict[str, Any]) -> Recipe:
+    """A checked recipe from plain values. Raises `Refused` that names the key and what would be right."""
+    try:
+        return Recipe.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise Refused("; ".join(_explain(fault) for fault in error.errors())) from error
+
+
+def digest(value: Any) -> str:
+    """A short, stable name for a JSON-like value."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise Refused(f"--set {override}: write it as section.key=value")
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        inner = content.get(section)
+        if inner is None:
+            inner = content[section] = {}
+        if not isinstance(inner, dict):
+            raise Refused(f"--set {override}: {section} is one value, not a section")
+        content = inner
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Refused(f"--set {override}: the value is not YAML") from error
+    content[key] = _number(text) if isinstance(value, str) else value
+
+
+def _number(text: str) -> float | str:
+    """YAML 1.1 takes 1e-3 for a word."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(fault: Any) -> str:
+    *path, last = fault["loc"] or ("recipe",)
+    where = ".".join(map(str, path)) or "the recipe"
+    if fault["type"] == "extra_forbidden":
+        model = _section(path)
+        return f"no setting '{last}' in {where}; it has {', '.join(model.model_fields)}"
+    if fault["type"] == "value_error":
+        return f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['ctx']['error']}"
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, not {fault['input']!r}"
+
+
+def _section(path: list[Any]) -> type[pydantic.BaseModel]:
+    model: type[pydantic.BaseModel] = Recipe
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        model = annotation if isinstance(annotation, type) else get_args(annotation)[0]
+    return model

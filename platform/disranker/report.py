@@ -1,0 +1,256 @@
+"""The evaluation: one JSON for machines, one table and one HTML page for people, the gate a release must pass."""
+
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+
+from disranker import metrics, pictures
+from disranker.metrics import METRICS, Array, Qrels, Run
+from disranker.recipe import Evaluate, Publish, Refused
+
+Report = dict[str, Any]  # the content of report.json
+
+BANDS = ("head", "torso", "tail", "unseen")
+HEADLINE = "ndcg@10"  # the metric of the sentences, the pictures and the gate
+MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
+FIRST = 5  # documents compared at the top of two rankings
+
+
+def evaluate(
+    qrels: Qrels,
+    runs: Mapping[str, Run],
+    cfg: Evaluate,
+    seed: int,
+    bands: Mapping[str, str] | None = None,
+) -> Report:
+    """The content of report.json: every run with intervals, every later run against every earlier one.
+
+    `bands` names the frequency band of a query; one without stands under "unseen". `holm` is p corrected over the pairs
+    of one metric. Raises `Refused` without a judged query.
+    """
+    if not qrels:
+        raise Refused(
+            "no judged query to evaluate on; grade queries of the test split, or enlarge aggregate.test_share"
+        )
+    tallies = {name: metrics.tally(qrels, run) for name, run in runs.items()}
+    return {
+        "queries": len(qrels),
+        "resamples": cfg.resamples,
+        "confidence": cfg.confidence,
+        "missing": {name: sum(not run.get(query) for query in qrels) for name, run in runs.items()},
+        "runs": _intervals(tallies, cfg, seed),
+        "pairs": _differences(tallies, cfg, seed),
+        "agreement": [
+            {"a": a, "b": b, "kendall_tau": metrics.kendall_tau(runs[a], runs[b])}
+            | {f"overlap@{FIRST}": metrics.overlap(runs[a], runs[b], FIRST)}
+            for b, a in combinations(runs, 2)
+        ],
+        "bands": _by_band(sorted(qrels), tallies, bands, cfg, seed) if bands else {},
+    }
+
+
+def gate(report: Report, cfg: Publish) -> list[str]:
+    """Why the student must not be released, a sentence each; empty where it may."""
+    needed = ["student", "teacher", *(["bm25"] if cfg.beat_bm25 else [])]
+    if absent := [name for name in needed if name not in report["runs"]]:
+        return [f"The report has no run of {', '.join(absent)}, so the student cannot be compared with it."]
+    reasons = []
+    student, teacher = (report["runs"][name][HEADLINE]["value"] for name in ("student", "teacher"))
+    if student < cfg.min_share_of_teacher * teacher:
+        reasons.append(
+            f"The student's NDCG@10 of {student:.4f} is {student / teacher:.2%} of the teacher's {teacher:.4f}; "
+            f"publish.min_share_of_teacher asks for {cfg.min_share_of_teacher:.2%}."
+        )
+    if cfg.beat_bm25 and (pair := _pair(report, "student", "bm25"))["low"] <= 0:
+        reasons.append(
+            f"The student is not shown to beat BM25: the difference in NDCG@10 is {pair['difference']:+.4f}, its "
+            f"{report['confidence']:.0%} interval [{pair['low']:+.4f}, {pair['high']:+.4f}] must lie above 0 "
+            "(publish.beat_bm25)."
+        )
+    return reasons
+
+
+def read(content: str | bytes) -> Report:
+    """A report from the text of report.json."""
+    found: Report = json.loads(content)
+    return found
+
+
+def table(report: Report) -> str:
+    """The runs as plain text, a line each, below 120 columns."""
+    rows = [["run", *(metric.upper() for metric in METRICS)]]
+    for name, values in report["runs"].items():
+        rows.append([name, *(f"{_number(values[metric]['value'])} {_bounds(values[metric])}" for metric in METRICS)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def examples(
+    qrels: Qrels, runs: Mapping[str, Run], a: str, b: str, titles: Mapping[str, str], *, k: int = 5
+) -> list[Any]:
+    """The `k` queries where run `a` gains most NDCG@10 on run `b`, then the `k` where it loses most.
+
+    Each has its documents that stand in the first `FIRST` of either run.
+    """
+    deltas = metrics.per_query(qrels, runs[a])[HEADLINE] - metrics.per_query(qrels, runs[b])[HEADLINE]
+    ordered = sorted(zip(deltas.tolist(), sorted(qrels), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    wins = [pair for pair in ordered[:k] if pair[0] > 0]
+    losses = [pair for pair in reversed(ordered[-k:]) if pair[0] < 0]
+    return [
+        {"query": query, "delta": delta, "a": a, "b": b}
+        | {"documents": _documents(qrels[query], runs[a].get(query, {}), runs[b].get(query, {}), titles)}
+        for delta, query in wins + losses
+    ]
+
+
+def trec_run(run: Run, name: str) -> str:
+    """A TREC run file. Ids are percent-encoded where white space would split them; `urllib.parse.unquote` undoes it."""
+    lines = [
+        f"{_token(query)} Q0 {_token(document)} {rank} {float(run[query][document])!r} {_token(name)}"
+        for query in sorted(run)
+        for rank, document in enumerate(metrics.ranking(run[query]), 1)
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def html(report: Report, *, title: str, facts: Mapping[str, str], examples: list[dict[str, Any]]) -> str:
+    """The report as one page that fetches nothing. `examples` as `examples()` makes them."""
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(number=_number, bounds=_bounds, difference=_difference)
+    source = importlib.resources.files("disranker").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return page.from_string(source).render(
+        report=report,
+        title=title,
+        facts=facts,
+        examples=examples,
+        metrics=METRICS,
+        relevant=metrics.RELEVANT,
+        first=FIRST,
+        sentences=_sentences(report),
+        pictures=_pictures(report),
+    )
+
+
+def _intervals(tallies: Mapping[str, Array], cfg: Evaluate, seed: int) -> dict[str, Any]:
+    return {
+        name: {metric: asdict(found) for metric, found in metrics.intervals(tally, cfg, seed).items()}
+        for name, tally in tallies.items()
+    }
+
+
+def _differences(tallies: Mapping[str, Array], cfg: Evaluate, seed: int) -> list[dict[str, Any]]:
+    couples = [(a, b) for b, a in combinations(tallies, 2)]
+    found = [metrics.compare(tallies[a], tallies[b], cfg, seed) for a, b in couples]
+    rows = []
+    for metric in METRICS:
+        corrected = metrics.holm([by_metric[metric].p for by_metric in found])
+        for (a, b), by_metric, holm in zip(couples, found, corrected, strict=True):
+            rows.append({"a": a, "b": b, "metric": metric} | asdict(by_metric[metric]) | {"holm": holm})
+    return rows
+
+
+def _by_band(
+    queries: Sequence[str], tallies: Mapping[str, Array], bands: Mapping[str, str], cfg: Evaluate, seed: int
+) -> dict[str, Any]:
+    of = np.array([bands.get(query, BANDS[-1]) for query in queries])
+    return {
+        band: {
+            "queries": int((of == band).sum()),
+            "runs": _intervals({name: tally[of == band] for name, tally in tallies.items()}, cfg, seed),
+        }
+        for band in sorted(set(of.tolist()), key=BANDS.index)
+    }
+
+
+def _documents(
+    grades: Mapping[str, int], a: Mapping[str, float], b: Mapping[str, float], titles: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    top = dict.fromkeys(metrics.ranking(a)[:FIRST] + metrics.ranking(b)[:FIRST])
+    return [
+        {
+            "title": titles.get(document, document),
+            "grade": grades.get(document),
+            "score_a": a.get(document),
+            "score_b": b.get(document),
+        }
+        for document in top
+    ]
+
+
+def _bounds(found: Mapping[str, float | None], form: str = ".2f") -> str:
+    return f"[{_number(found['low'], form)}, {_number(found['high'], form)}]"
+
+
+def _difference(pair: Mapping[str, Any]) -> str:
+    return f"{_number(pair['difference'], '+.3f')} {_bounds(pair, '+.3f')}"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return NONE if value is None else format(value, form).replace("-", MINUS)
+
+
+def _token(text: str) -> str:
+    return "".join(quote(sign) if sign.isspace() or sign == "%" else sign for sign in text)
+
+
+def _pair(report: Report, a: str, b: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(
+        pair for pair in report["pairs"] if (pair["a"], pair["b"], pair["metric"]) == (a, b, HEADLINE)
+    )
+    return found
+
+
+def _called(name: str) -> str:
+    return {"bm25": "BM25", "teacher": "the teacher", "student": "the student"}.get(name, name)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentences(report: Report) -> list[tuple[str, str]]:
+    """(tone, sentence) for each pair of runs; of the student alone, where there is one."""
+    pairs = [pair for pair in report["pairs"] if pair["metric"] == HEADLINE]
+    return [
+        _sentence(report, pair) for pair in reversed(pairs) if pair["a"] == "student" or "student" not in report["runs"]
+    ]
+
+
+def _sentence(report: Report, pair: Mapping[str, Any]) -> tuple[str, str]:
+    a, b = _capital(_called(pair["a"])), _called(pair["b"])
+    value, other = (report["runs"][pair[side]][HEADLINE]["value"] for side in ("a", "b"))
+    numbers = f"NDCG@10 {value:.3f} against {other:.3f}, difference {_difference(pair)}"
+    if pair["low"] > 0:
+        tone, verdict = "good", f"is better than {b}"
+    elif pair["high"] < 0:
+        tone, verdict = "bad", f"is worse than {b}"
+    else:
+        tone, verdict = "open", f"is not shown to be better or worse than {b}: the interval of the difference holds 0"
+    if pair["b"] == "teacher" and other > 0:
+        return "good" if tone == "good" else "open", (
+            f"{a} keeps {value / other:.1%} of the teacher's NDCG@10 and {verdict} ({numbers})."
+        )
+    return tone, f"{a} {verdict} ({numbers})."
+
+
+def _pictures(report: Report) -> list[tuple[str, str]]:
+    """(caption, data URI)"""
+    runs = report["runs"]
+    drawn = [
+        ("NDCG@10 of each run", pictures.levels(list(runs), [found[HEADLINE] for found in runs.values()], "NDCG@10"))
+    ]
+    if pairs := [pair | {"value": pair["difference"]} for pair in report["pairs"] if pair["metric"] == HEADLINE]:
+        names = [f"{pair['a']} {MINUS} {pair['b']}" for pair in pairs]
+        drawn.append(("Differences on the same queries", pictures.differences(names, pairs, "difference in NDCG@10")))
+    if bands := report["bands"]:
+        names = [f"{band} ({found['queries']:,})" for band, found in bands.items()]
+        found = {run: [band["runs"][run][HEADLINE] for band in bands.values()] for run in runs}
+        drawn.append(("NDCG@10 by how often a query is asked", pictures.bars(names, found, "NDCG@10")))
+    return drawn

@@ -1,0 +1,1 @@
+"""The model online, with Ray Serve."""

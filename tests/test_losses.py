@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disranker import losses
+
+LOSSES = {
+    "margin": lambda s, t, real: losses.margin(s, t, real, 0.7),
+    "ranknet": losses.ranknet,
+    "listwise": losses.listwise,
+    "pointwise": losses.pointwise,
+    "margin_mse": losses.margin_mse,
+    "hybrid": lambda s, t, real: losses.hybrid(s, t, real, 0.5, 2.0),
+}
+
+
+def row(*values):
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def value(loss, scores, targets, real=None):
+    real = torch.ones(1, len(scores), dtype=torch.bool) if real is None else real
+    return LOSSES[loss](row(*scores), row(*targets), real).item()
+
+
+def plain(loss, s, t):
+    """The same in plain Python over one list without padding, as a function that autograd can follow."""
+    places = range(len(t))
+    above = [(i, j) for i in places for j in places if t[i] > t[j]]
+    apart = [(i, j) for i in places for j in places if i != j]
+    point = sum((s[i] - t[i]) ** 2 for i in places) / len(t)
+    pairs = sum((s[i] - s[j] - t[i] + t[j]) ** 2 for i, j in apart) / max(1, len(apart))
+    if loss == "margin":
+        return sum((0.7 - s[i] + s[j]).clamp(min=0) for i, j in above) / max(1, len(above))
+    if loss == "ranknet":
+        return sum(torch.log(1 + torch.exp(s[j] - s[i])) for i, j in above) / max(1, len(above))
+    if loss == "listwise":
+        whole = torch.log(sum(torch.exp(score) for score in s))
+        return sum(-t[i] * (s[i] - whole) for i in places) / sum(t)
+    return {"pointwise": point, "margin_mse": pairs, "hybrid": 0.5 * point + 2 * pairs}[loss]
+
+
+numbers = st.floats(-5, 5).map(lambda x: round(x, 3))
+lists = st.lists(st.tuples(numbers, st.integers(0, 3)), min_size=2, max_size=5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@given(pairs=lists)
+def test_values_and_gradients_are_those_of_the_plain_formula_also_beside_padding(loss, pairs):
+    scores, grades = zip(*pairs, strict=True)
+    targets = [float(grade) for grade in grades]
+    if len(set(targets)) == 1:
+        targets[0] += 1
+    ours = torch.full((1, len(scores) + 2), 9.0, dtype=torch.float64)
+    ours[0, : len(scores)] = torch.tensor(scores, dtype=torch.float64)
+    ours.requires_grad_()
+    real = torch.tensor([[True] * len(scores) + [False] * 2])
+    found = LOSSES[loss](ours, row(*targets, 7.0, -7.0), real)
+    theirs = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
+    expected = plain(loss, list(theirs), targets)
+    found.backward()
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), abs=1e-9)
+    edge = loss == "margin" and any(abs(abs(a - b) - 0.7) < 1e-6 for a in scores for b in scores)
+    assert edge or torch.allclose(ours.grad[0, : len(scores)], theirs.grad, atol=1e-9)
+    assert not ours.grad[0, len(scores) :].any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("padding", [float("nan"), 1e9, -1e9, float("inf"), -float("inf")])
+def test_padded_documents_never_matter(loss, padding):
+    real = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    found = []
+    for filler in (0.0, padding):
+        scores = torch.tensor([[0.5, -1.0, 2.0, filler], [1.0, 3.0, filler, filler]], requires_grad=True)
+        targets = torch.tensor([[1.0, 0.0, 2.0, filler], [2.0, 1.0, filler, filler]])
+        result = LOSSES[loss](scores, targets, real)
+        result.backward()
+        assert scores.grad.isfinite().all() and not scores.grad[~real].any()
+        found.append((result.item(), scores.grad.tolist()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "scores", "targets", "expected"),
+    [
+        ("margin", (1.0, 0.0, 0.5), (2, 1, 0), (0 + 0.2 + 1.2) / 3),  # gaps 1, 0.5 and -0.5 against 0.7
+        ("margin", (0.7, 0.0), (1, 0), 0.0),
+        ("ranknet", (1.0, 0.0), (1, 0), math.log(1 + math.exp(-1))),
+        ("ranknet", (0.0, 1.0), (1, 0), math.log(1 + math.exp(1))),
+        ("ranknet", (0.0, 0.0), (1, 0), math.log(2)),
+        ("listwise", (0.0, math.log(3)), (1, 1), (math.log(4) + math.log(4 / 3)) / 2),
+        ("listwise", (0.0, math.log(3)), (0, 5), math.log(4 / 3)),
+        ("pointwise", (1.0, 4.0), (0, 2), (1 + 4) / 2),
+        ("margin_mse", (1.0, 4.0), (0, 2), 1.0),
+        ("margin_mse", (1.0, 4.0, 0.0), (0, 2, 0), ((-3 + 2) ** 2 + 1**2 + (4 - 2) ** 2) / 3),
+        ("hybrid", (1.0, 4.0), (0, 2), 0.5 * 2.5 + 2 * 1.0),
+    ],
+)
+def test_values_by_hand(loss, scores, targets, expected):
+    assert value(loss, scores, targets) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=7))
+def test_point_is_mean_squared_plus_variance_and_margin_2n_over_n_minus_1_of_it(pairs):
+    student, teacher = zip(*pairs, strict=True)
+    e = torch.tensor(student, dtype=torch.float64) - torch.tensor(teacher, dtype=torch.float64)
+    n, variance = len(pairs), e.var(correction=0).item()
+    assert value("pointwise", student, teacher) == pytest.approx(e.mean().item() ** 2 + variance, abs=1e-9)
+    assert value("margin_mse", student, teacher) == pytest.approx(2 * n / (n - 1) * variance, abs=1e-9)
+
+
+def test_margin_mse_ignores_a_shift_of_all_teacher_scores_and_point_mse_does_not():
+    assert value("margin_mse", (1, 4, 2), (103, 100, 101)) == pytest.approx(value("margin_mse", (1, 4, 2), (3, 0, 1)))
+    assert value("pointwise", (1, 4), (5, 5)) != value("pointwise", (1, 4), (6, 6))
+
+
+@pytest.mark.parametrize("loss", ["margin", "ranknet", "listwise"])
+def test_the_better_document_is_pushed_up_and_the_worse_down(loss):
+    scores = row(0.1, 0.0).requires_grad_()
+    LOSSES[loss](scores, row(1, 0), torch.ones(1, 2, dtype=torch.bool)).backward()
+    assert scores.grad[0, 0] < 0 < scores.grad[0, 1]
+    assert value(loss, (2, 0), (1, 0)) < value(loss, (0, 2), (1, 0))
+
+
+@pytest.mark.parametrize("loss", ["margin", "ranknet"])
+def test_documents_of_equal_grade_are_no_pair(loss):
+    assert value(loss, (3, -3), (1, 1)) == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_list_without_anything_to_learn_gives_0_with_a_gradient_of_0(loss):
+    scores = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    result = LOSSES[loss](scores, torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    result.backward()
+    assert result.item() == 0 and scores.grad.tolist() == [[0, 0]]
+
+
+def test_listwise_leaves_out_a_list_of_only_irrelevant_documents_and_counts_a_negative_target_as_0():
+    both = torch.ones(2, 2, dtype=torch.bool)
+    one = losses.listwise(row(0, 1), row(1, 0), both[:1])
+    two = losses.listwise(torch.cat([row(0, 1), row(5, 6)]), torch.cat([row(1, -3), row(0, 0)]), both)
+    assert two.item() == pytest.approx(one.item()) == pytest.approx(math.log(1 + math.e))
+
+
+def test_the_mean_runs_over_the_pairs_of_all_lists():
+    scores = torch.tensor([[0.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
+    targets = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    assert losses.margin(scores, targets, real, 0.5).item() == pytest.approx((3 * 0.5 + 1.5) / 4)
+    assert losses.pointwise(scores, targets, real).item() == pytest.approx((4 + 1 + 0 + 0 + 4) / 5)
+
+
+def test_pairs_above_and_pair_accuracy_count_a_tie_in_scores_as_wrong():
+    targets, real = row(2, 0, 2), torch.tensor([[True, True, True]])
+    assert losses.pairs_above(targets, real).nonzero().tolist() == [[0, 0, 1], [0, 2, 1]]
+    assert losses.pair_accuracy(row(1, 0, 0), targets, real) == (1, 2)
+    assert losses.pair_accuracy(row(1, 0, 9), targets, torch.tensor([[True, True, False]])) == (1, 1)
+
+
+# language()
+
+
+def language(learned, weights=(1.0,), rows=1):
+    """Loss of uniform logits over 4 tokens, with one surprising position."""
+    logits = torch.zeros(rows, 4, 4)
+    logits[0, 1, 3] = math.log(5)  # token 3 follows position 1 with chance 5/8
+    ids = torch.tensor([[0, 1, 3, 2]] * rows)
+    return losses.language(logits, ids, torch.tensor(learned), torch.tensor(weights)).item()
+
+
+def test_each_learned_token_is_told_by_the_position_before_it():
+    assert language([[False, False, True, True]]) == pytest.approx((math.log(8 / 5) + math.log(4)) / 2)
+    assert language([[False, False, True, False]]) == pytest.approx(math.log(8 / 5))
+
+
+def test_query_tokens_carry_no_loss():
+    logits = torch.zeros(1, 4, 4, requires_grad=True)
+    losses.language(logits, torch.tensor([[0, 1, 3, 2]]), torch.tensor([[False, False, True, True]]), torch.ones(1)).backward()
+    assert logits.grad.abs().sum(2)[0].bool().tolist() == [False, True, True, False]
+
+
+def test_a_row_of_weight_3_counts_3_times_as_much():
+    learned = [[False, False, True, False]] * 2
+    assert language(learned, (3.0, 1.0), rows=2) == pytest.approx((3 * math.log(8 / 5) + math.log(4)) / 4)
+
+
+def test_nothing_learned_is_0():
+    assert language([[False] * 4]) == 0 and language([[True] * 4], (0.0,)) == 0
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits = torch.zeros(1, 2, 4, dtype=torch.bfloat16)
+    found = losses.language(logits, torch.tensor([[0, 1]]), torch.tensor([[False, True]]), torch.ones(1))
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(math.log(4), abs=1e-6)

@@ -1,0 +1,210 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disranker import recipe
+from disranker.recipe import Refused
+
+
+def refusal(content):
+    with pytest.raises(Refused) as caught:
+        recipe.parse({"root": "r"} | content)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("root: runs/1\nseed: 7\nteacher:\n  width: 64\n")
+    return path
+
+
+def test_a_recipe_of_one_line_has_every_default():
+    found = recipe.parse({"root": "r"})
+    assert (found.seed, found.made_up, found.distill.alpha, found.teacher.base) == (1, True, 1.0, "scratch")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"sed": 1}, ("'sed' in the recipe", "root, seed, world")),
+        ({"distill": {"learning_rate": 1.0}}, ("'learning_rate' in distill", "epochs, lr, warmup_share", "alpha, beta")),
+        ({"student": {"take_layers": "first"}}, ("'take_layers' in student", "max_tokens, take")),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_ones_there_are(content, named):
+    assert all(part in refusal(content) for part in named)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"seed": "1"}, "seed: Input should be a valid integer, not '1'"),
+        ({"seed": 1.0}, "seed: Input should be a valid integer, not 1.0"),
+        ({"teacher": {"layers": 0}}, "teacher.layers: Input should be greater than 0, not 0"),
+        ({"publish": {"beat_bm25": "yes"}}, "publish.beat_bm25: Input should be a valid boolean, not 'yes'"),
+        ({"finetune": {"loss": "hinge"}}, "finetune.loss: Input should be 'margin', 'ranknet', 'listwise' or 'pointwise'"),
+        ({"data": {"queries": "q.json"}}, "data.queries: Input should be a valid list, not 'q.json'"),
+        ({"aggregate": {"head_share": 1.5}}, "aggregate.head_share: Input should be less than or equal to 1, not 1.5"),
+        ({"distill": {"warmup_share": 1.0}}, "distill.warmup_share: Input should be less than 1, not 1.0"),
+        ({"serve": {"port": 65536}}, "serve.port: Input should be less than or equal to 65535"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(content, message):
+    assert message in refusal(content)
+
+
+def test_two_faults_are_told_at_once():
+    assert refusal({"seed": "x", "world": {"documents": 0}}).count("; ") == 1
+
+
+def test_a_recipe_without_root_is_refused():
+    with pytest.raises(Refused, match="root: Field required"):
+        recipe.parse({})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"data": {"queries": ["q"], "events": ["e"]}}, "data: queries, events and documents belong together"),
+        ({"data": {"judgments": ["j"]}}, "data: queries, events and documents belong together"),
+        ({"teacher": {"heads": 3}}, "teacher: heads 3 does not divide width 128"),
+        ({"student": {"heads": 5}}, "student: heads 5 does not divide width 128"),
+        ({"teacher": {"max_tokens": 43}}, "teacher: max_tokens must leave room"),
+        ({"distill": {"alpha": 0, "beta": 0}}, "distill: alpha and beta are both 0"),
+        ({"aggregate": {"validation_share": 0.5, "test_share": 0.5}}, "leave no query to train on"),
+        ({"aggregate": {"head_share": 0.6, "torso_share": 0.5}}, "head_share and torso_share exceed 1"),
+        ({"sample": {"judged": 1, "shown": 0, "bm25": 0, "random": 0}}, "fewer than the 2 documents"),
+        ({"finetune": {"tokens_per_batch": 1919}}, "finetune: tokens_per_batch 1919 cannot hold one list of 30 documents"),
+        ({"distill": {"tokens_per_batch": 1919}}, "of 64 tokens; 1920 or more can"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(content, message):
+    assert message in refusal(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"data": {"queries": ["q"], "events": ["e"], "documents": ["d"]}},
+        {"data": {"queries": ["q"], "events": ["e"], "documents": ["d"], "judgments": ["j"]}},
+        {"teacher": {"max_tokens": 44}},
+        {"distill": {"alpha": 0}},
+        {"aggregate": {"validation_share": 0.4, "test_share": 0.5}},
+        {"aggregate": {"head_share": 0.5, "torso_share": 0.5}},
+        {"sample": {"judged": 1, "shown": 1, "bm25": 0, "random": 0}},
+        {"finetune": {"tokens_per_batch": 1920}, "distill": {"tokens_per_batch": 1920}},
+    ],
+)
+def test_settings_on_the_very_limit_are_taken(content):
+    assert recipe.parse({"root": "r"} | content).made_up is ("data" not in content)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("distill.lr=1e-3", "distill", "lr", 0.001),
+        ("distill.lr=2", "distill", "lr", 2.0),
+        ("teacher.width=32", "teacher", "width", 32),
+        ("student.take=last", "student", "take", "last"),
+        ("aggregate.em_rounds=5", "aggregate", "em_rounds", 5),
+        (" teacher.base =s3://a/b=c", "teacher", "base", "s3://a/b=c"),
+        ("publish.beat_bm25=false", "publish", "beat_bm25", False),
+    ],
+)
+def test_an_override_sets_one_value_and_leaves_the_others(file, override, section, key, value):
+    found = recipe.load(file, [override])
+    assert getattr(getattr(found, section), key) == value
+    assert (found.root, found.seed) == ("runs/1", 7)
+    assert found.teacher.width == (32 if "width" in override else 64)
+
+
+def test_an_override_fills_a_section_that_stands_empty(tmp_path):
+    (tmp_path / "r.yaml").write_text("root: r\naggregate:\n")
+    assert recipe.load(tmp_path / "r.yaml", ["aggregate.em_rounds=5"]).aggregate.em_rounds == 5
+
+
+def test_a_list_is_given_in_brackets_and_a_later_override_wins(file):
+    data = ["data.queries=[a, b]", "data.events=[c]", "data.documents=[d]"]
+    found = recipe.load(file, [*data, "seed=1", "seed=2"])
+    assert (found.data.queries, found.seed) == (["a", "b"], 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.lr", "--set distill.lr: write it as section.key=value"),
+        ("root.x=1", "--set root.x=1: root is one value, not a section"),
+        ("data.queries=[a,", "--set data.queries=[a,: the value is not YAML"),
+        ("distill.lr=fast", "distill.lr: Input should be a valid number, not 'fast'"),
+        ("distill.lr=", "distill.lr: Input should be a valid number, not None"),
+        ("=5", "no setting '' in the recipe"),
+        ("teacher.wdith=5", "no setting 'wdith' in teacher"),
+    ],
+)
+def test_a_bad_override_is_refused_in_one_line(file, override, message):
+    with pytest.raises(Refused, match=re.escape(message)) as caught:
+        recipe.load(file, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1\nb: }", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"- 1\n- 2", "holds list, not settings by name"),
+        (b"", "root: Field required"),
+        (b"1: 2\nroot: r", "1: Keys should be strings"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(Refused, match=re.escape(message)) as caught:
+        recipe.load(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_its_path(tmp_path):
+    with pytest.raises(Refused, match=r"recipe .*none\.yaml: No such file"):
+        recipe.load(tmp_path / "none.yaml")
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.parse({"root": "r"}).seed = 2
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(values)
+def test_a_digest_is_16_characters_and_does_not_depend_on_the_order_of_keys(value):
+    turned = dict(reversed(value.items())) if isinstance(value, dict) else value
+    assert re.fullmatch("[0-9a-f]{16}", recipe.digest(value)) and recipe.digest(turned) == recipe.digest(value)
+    assert recipe.digest([value]) != recipe.digest(value)
+
+
+def test_a_digest_is_the_same_in_another_process():
+    value = {"b": [1, 2.5, None], "a": "é"}
+    code = f"import json; from disranker import recipe; print(recipe.digest(json.loads({json.dumps(value)!r})))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == recipe.digest(value)
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_any_override_is_taken_or_refused_and_raises_nothing_else(override):
+    content = {"root": "r"}
+    try:
+        recipe._set(content, override)
+        recipe.parse(content)
+    except Refused as refused:
+        assert str(refused)

@@ -1,0 +1,252 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from disranker import report
+from disranker.metrics import METRICS
+from disranker.recipe import Evaluate, Publish, Refused
+
+CFG = Evaluate(resamples=300)
+DOCUMENTS = [f"d{i}" for i in range(12)]
+
+
+def judgments(queries=40):
+    rng = np.random.default_rng(1)
+    return {
+        f"red shoes {i:02}": dict(zip(DOCUMENTS, rng.integers(0, 5, 12).tolist(), strict=True)) for i in range(queries)
+    }
+
+
+def run(qrels, noise, seed=0):
+    rng = np.random.default_rng([seed, 7])
+    return {q: {d: g + noise * rng.normal() for d, g in of.items()} for q, of in qrels.items()}
+
+
+@pytest.fixture(scope="module")
+def qrels():
+    return judgments()
+
+
+@pytest.fixture(scope="module")
+def runs(qrels):
+    return {"bm25": run(qrels, 6.0, 1), "teacher": run(qrels, 0.5, 2), "student": run(qrels, 0.7, 3)}
+
+
+@pytest.fixture(scope="module")
+def found(qrels, runs):
+    bands = {query: ("head", "tail")[i % 2] for i, query in enumerate(sorted(qrels)) if i}
+    return report.evaluate(qrels, runs, CFG, 1, bands)
+
+
+def made(student, teacher=0.8, low=0.1):
+    """The least of a report that the gate reads."""
+    values = {"bm25": 0.6, "teacher": teacher, "student": student}
+    pair = {"a": "student", "b": "bm25", "metric": "ndcg@10", "difference": student - 0.6, "low": low, "high": 0.3}
+    return {"confidence": 0.95, "runs": {n: {"ndcg@10": {"value": v}} for n, v in values.items()}, "pairs": [pair]}
+
+
+def page(found, title="Report", **others):
+    return report.html(found, title=title, **({"facts": {}, "examples": []} | others))
+
+
+def test_the_report_has_40_queries_3_runs_and_15_differences_the_later_run_first(found):
+    assert found["queries"] == 40
+    assert list(found["runs"]) == ["bm25", "teacher", "student"]
+    assert all(list(values) == list(METRICS) for values in found["runs"].values())
+    assert set(found["runs"]["bm25"]["pnr"]) == {"value", "low", "high"}
+    assert {"a", "b", "metric", "difference", "low", "high", "p"} <= set(found["pairs"][0])
+    couples = [(pair["a"], pair["b"]) for pair in found["pairs"] if pair["metric"] == "mrr@10"]
+    assert couples == [("teacher", "bm25"), ("student", "bm25"), ("student", "teacher")]
+    assert len(found["pairs"]) == 15
+
+
+def test_a_difference_is_the_value_of_a_less_the_value_of_b(found):
+    for pair in found["pairs"]:
+        a, b = (found["runs"][pair[side]][pair["metric"]]["value"] for side in ("a", "b"))
+        assert pair["difference"] == pytest.approx(a - b)
+
+
+def test_holm_over_3_pairs_triples_the_smallest_p(found):
+    pairs = [pair for pair in found["pairs"] if pair["metric"] == "ndcg@10"]
+    smallest = min(pairs, key=lambda pair: pair["p"])
+    assert smallest["holm"] == pytest.approx(3 * smallest["p"])
+
+
+def test_bands_hold_their_own_queries_and_the_unnamed_one_is_unseen(found, qrels, runs):
+    assert {band: of["queries"] for band, of in found["bands"].items()} == {"head": 19, "tail": 20, "unseen": 1}
+    tail = {query: qrels[query] for query in sorted(qrels)[1::2]}
+    alone = report.evaluate(tail, runs, CFG, 1)["runs"]
+    assert found["bands"]["tail"]["runs"] == alone
+
+
+def test_json_holds_the_report_even_where_pnr_is_infinite(qrels):
+    perfect = run(qrels, 0.0)
+    content = report.evaluate(qrels, {"bm25": run(qrels, 5.0), "student": perfect}, CFG, 1)
+    assert content["runs"]["student"]["pnr"]["value"] is None
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert report.NONE in report.table(content)
+    assert "NDCG@10" in page(content)
+
+
+def test_missing_queries_are_counted_and_said(qrels, runs):
+    content = report.evaluate(qrels, {"bm25": runs["bm25"], "student": {}}, CFG, 1)
+    assert content["missing"] == {"bm25": 0, "student": 40}
+    assert content["runs"]["student"]["ndcg@10"]["value"] == 0
+    assert "40 of the queries got no answer from student" in page(content)
+
+
+def test_no_judged_query_is_refused():
+    with pytest.raises(Refused, match="no judged query"):
+        report.evaluate({}, {"bm25": {}}, CFG, 1)
+
+
+def test_a_student_like_its_teacher_agrees_more_than_bm25_does(found):
+    tau = {(pair["a"], pair["b"]): pair["kendall_tau"] for pair in found["agreement"]}
+    assert tau["student", "teacher"] > 0.5 > tau["student", "bm25"]
+    assert all(0 <= pair["overlap@5"] <= 1 for pair in found["agreement"])
+
+
+def test_the_table_has_a_line_for_each_run_and_fits_120_columns(found):
+    head, *lines = report.table(found).splitlines()
+    assert head.split() == ["run", "NDCG@1", "NDCG@5", "NDCG@10", "MRR@10", "PNR"]
+    assert [line.split()[0] for line in lines] == ["bm25", "teacher", "student"]
+    assert all(len(re.findall(r"\d+\.\d{3} \[\d+\.\d\d, \d+\.\d\d\]", line)) == 5 for line in lines)
+    assert max(map(len, [head, *lines])) <= 120
+
+
+def test_the_gate_lets_a_student_at_exactly_95_percent_pass():
+    assert report.gate(made(0.95 * 0.8), Publish()) == []
+
+
+def test_the_gate_names_both_numbers_of_a_student_at_94_percent():
+    (reason,) = report.gate(made(0.752), Publish())
+    assert "0.7520 is 94.00% of the teacher's 0.8000" in reason
+    assert "asks for 95.00%" in reason
+
+
+def test_the_gate_holds_back_a_student_whose_interval_over_bm25_starts_at_0():
+    (reason,) = report.gate(made(0.8, low=0.0), Publish())
+    assert "+0.2000" in reason and "[+0.0000, +0.3000]" in reason
+    assert report.gate(made(0.8, low=0.0), Publish(beat_bm25=False)) == []
+
+
+def test_the_gate_gives_two_reasons_for_a_student_that_fails_twice():
+    assert len(report.gate(made(0.5, low=-0.2), Publish())) == 2
+
+
+def test_the_gate_says_which_run_is_absent():
+    content = made(0.8)
+    del content["runs"]["teacher"]
+    assert "teacher" in report.gate(content, Publish())[0]
+
+
+def test_the_gate_reads_a_whole_report_both_ways(qrels, runs, found):
+    assert report.gate(found, Publish(min_share_of_teacher=0.9)) == []
+    swapped = report.evaluate(qrels, runs | {"student": runs["bm25"]}, CFG, 1)
+    assert len(report.gate(swapped, Publish())) == 2
+
+
+def test_the_page_escapes_a_title_with_a_script_everywhere(found):
+    bad = "<script>alert(1)</script>"
+    document = {"title": bad, "grade": 1, "score_a": 1.0, "score_b": None}
+    example = {"query": bad, "delta": 0.5, "a": "student", "b": "bm25", "documents": [document]}
+    text = page(found, title=bad, facts={bad: bad}, examples=[example])
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") == 6  # title and heading, query, document, fact and its name
+
+
+def test_the_page_fetches_nothing_and_is_the_same_twice(found):
+    text = page(found)
+    assert not re.search(r"https?:|<script|<link|url\(|@import", text)
+    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)', text))
+    assert len(re.findall("<img", text)) == 3
+    assert text == page(found)
+
+
+def test_the_page_draws_no_bands_where_none_are_given(found):
+    assert len(re.findall("<img", page(found | {"bands": {}}))) == 2
+
+
+def test_the_page_says_how_much_of_the_teacher_the_student_keeps(found):
+    values = [found["runs"][name]["ndcg@10"]["value"] for name in ("student", "teacher")]
+    assert f"The student keeps {values[0] / values[1]:.1%} of the teacher&#39;s NDCG@10" in page(found)
+    assert "The student is better than BM25" in page(found)
+
+
+def test_the_page_says_when_a_run_is_worse_or_not_shown_to_be_better(qrels, runs):
+    worse = report.evaluate(qrels, {"bm25": runs["teacher"], "student": runs["bm25"]}, CFG, 1)
+    assert "The student is worse than BM25" in page(worse)
+    same = report.evaluate(qrels, {"bm25": runs["bm25"], "student": runs["bm25"]}, CFG, 1)
+    assert "The student is not shown to be better or worse than BM25" in page(same)
+
+
+def test_a_single_run_still_makes_a_page(qrels, runs):
+    assert "nothing to compare" in page(report.evaluate(qrels, {"bm25": runs["bm25"]}, CFG, 1))
+
+
+def test_examples_are_the_2_largest_wins_then_the_2_largest_losses(qrels, runs):
+    shown = report.examples(qrels, runs | {"b": run(qrels, 1.0, 9)}, "student", "b", {"d1": "Red shoe"}, k=2)
+    deltas = [example["delta"] for example in shown]
+    assert len(deltas) == 4
+    assert deltas[0] >= deltas[1] > 0 > deltas[3] >= deltas[2]
+    for example in shown:
+        of = {document["title"]: document for document in example["documents"]}
+        first = of.get("d1") or of.get("Red shoe")
+        assert first is None or first["grade"] == qrels[example["query"]]["d1"]
+        best = max(runs["student"][example["query"]].values())
+        assert best == max(document["score_a"] for document in of.values())
+        assert all(document["score_a"] != document["score_b"] for document in of.values())
+    titles = {document["title"] for example in shown for document in example["documents"]}
+    assert "Red shoe" in titles and "d1" not in titles
+    assert all(5 <= len(example["documents"]) <= 10 for example in shown)
+
+
+def test_examples_never_call_a_tie_a_win(qrels, runs):
+    assert report.examples(qrels, runs, "student", "student", {}) == []
+
+
+def test_the_page_lists_each_runs_own_order_best_first(found):
+    documents = [
+        {"title": "Boot", "grade": 0, "score_a": 1.0, "score_b": 9.0},
+        {"title": "Sandal", "grade": None, "score_a": 2.0, "score_b": 8.0},
+    ]
+    example = {"query": "shoes", "delta": -0.25, "a": "student", "b": "bm25", "documents": documents}
+    text = page(found, examples=[example])
+    assert re.findall("Boot|Sandal", text) == ["Sandal", "Boot", "Boot", "Sandal"]
+    assert f"{report.MINUS}0.25 NDCG@10 for student" in text
+
+
+def test_a_trec_line_has_6_fields_even_where_ids_hold_spaces_or_percent_signs():
+    text = report.trec_run({"red shoes": {"a b": 0.1, "c%": 2.0}, "鞋 子": {"d": 1.0}}, "my run")
+    assert text == (
+        "red%20shoes Q0 c%25 1 2.0 my%20run\nred%20shoes Q0 a%20b 2 0.1 my%20run\n鞋%20子 Q0 d 1 1.0 my%20run\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.01, 0.2, "is better than"),
+        (-0.1, 0.2, "is not shown to be better or worse than"),
+        (-0.2, -0.01, "is worse than"),
+    ],
+)
+def test_the_verdict_follows_the_interval(found, low, high, verdict):
+    pairs = [pair | {"low": low, "high": high} for pair in found["pairs"]]
+    text = page(found | {"pairs": pairs})
+    assert f"The student {verdict} BM25" in text
+    assert f"of the teacher&#39;s NDCG@10 and {verdict} the teacher" in text
+
+
+def test_the_picture_of_differences_moves_with_them(found):
+    pairs = [pair | {"difference": 0.123} for pair in found["pairs"]]
+    before, after = (re.findall(r'src="([^"]*)', page(content)) for content in (found, found | {"pairs": pairs}))
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_the_gate_needs_no_bm25_where_it_need_not_be_beaten():
+    content = made(0.8)
+    del content["runs"]["bm25"]
+    assert report.gate(content, Publish(beat_bm25=False)) == []
+    assert "bm25" in report.gate(content, Publish())[0]

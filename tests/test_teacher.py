@@ -1,0 +1,253 @@
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from builders import TINY, doc, save_decoder
+from disranker import losses, teacher
+from disranker.batches import Group, Rows, collate
+from disranker.contract import Tokens
+from disranker.recipe import Finetune, Refused
+from test_engine import WORDS, save_student
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def tokens(folder):
+    return Tokens.load(folder)
+
+
+@pytest.fixture(scope="module")
+def scorer(folder, tokens):
+    return teacher.scorer(folder, tokens, seed=1).eval()
+
+
+def example(query="red", title="blue shoe", summary="rain", weight=1.0):
+    return {"query": query, "title": title, "summary": summary, "weight": weight}
+
+
+# What the teacher is to learn
+
+LIST = [
+    doc("a", grade=3, attractiveness=0.5, impressions=10),
+    doc("b", grade=0, attractiveness=0.25, impressions=5),
+    doc("c", attractiveness=0.125, impressions=4),
+    doc("d", source="bm25"),
+    doc("e", source="random"),
+]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("grades", [3, 0, None, None, 0]),
+        ("evidence", [0.5, 0.25, None, None, 0]),
+        ("grades_then_evidence", [3, 0, None, None, 0]),
+    ],
+)
+def test_targets_of_5_documents(labels, expected):
+    assert teacher.targets(LIST, Finetune(labels=labels, min_impressions=5)) == expected
+
+
+def test_a_list_whose_grades_are_all_equal_is_learned_from_evidence_unless_only_grades_are_wanted():
+    equal = [dict(found, grade=2) if found["grade"] is not None else found for found in LIST]
+    assert teacher.targets(equal, Finetune(labels="grades_then_evidence")) == [0.5, 0.25, None, None, 0]
+    assert teacher.targets(equal, Finetune(labels="grades")) == [2, 2, None, None, 0]
+
+
+def test_a_list_without_grades_has_no_target_of_grades_not_even_of_random_documents():
+    bare = [dict(found, grade=None) for found in LIST]
+    assert teacher.targets(bare, Finetune(labels="grades")) == [None] * 5
+
+
+def test_a_random_document_keeps_a_grade_and_evidence_that_it_has():
+    lucky = [doc("a", source="random", grade=2, attractiveness=0.5, impressions=9), doc("b", grade=0)]
+    assert teacher.targets(lucky, Finetune(labels="grades")) == [2, 0]
+    assert teacher.targets(lucky, Finetune(labels="evidence")) == [0.5, None]
+
+
+def test_a_document_that_was_never_shown_has_no_evidence_even_where_0_impressions_are_enough():
+    docs = [doc("a"), doc("b", attractiveness=0.5, impressions=1)]
+    assert teacher.targets(docs, Finetune(labels="evidence", min_impressions=0)) == [None, 0.5]
+
+
+# Models
+
+
+def test_a_decoder_from_nothing_has_2_layers_a_vocabulary_and_no_secret_of_chance(folder, tmp_path):
+    again, other = save_decoder(tmp_path / "1"), save_decoder(tmp_path / "2", seed=5)
+    one, two, three = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, again, other))
+    assert all(torch.equal(one[key], two[key]) for key in one) and not all(torch.equal(one[key], three[key]) for key in one)
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (2, 16, 24)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+
+
+def test_every_byte_has_a_token(tokens):
+    ids = tokens.pairs(["靴 ü"], [""], [""])[0]
+    assert tokens._tokenizer.decode(ids).strip() == "靴"[:0] + tokens._tokenizer.decode(ids).strip()
+    assert all(i is not None for i in ids) and len(ids) > 5
+
+
+def test_words_start_alike_inside_a_text_and_at_its_start(tokens):
+    red = tokens.pairs(["red"], ["blue red"], ["red"])[0]
+    assert red.count(red[1]) == 3
+
+
+@torch.no_grad()
+def test_a_score_is_the_same_alone_and_in_a_padded_batch_to_5_digits(scorer, tokens):
+    rows = tokens.prompts(["red"] * 4, ["blue", "shoe " * 6, "", "rain jacket"], ["", "warm " * 9, "x", "light"])
+    assert len({len(ids) for ids, _ in rows}) == 4
+    together = teacher.raw_scores(scorer, Rows.padded(rows, tokens.contract.pad), "decoder")
+    alone = torch.cat([teacher.raw_scores(scorer, Rows.padded([row], 0), "decoder") for row in rows])
+    assert together.shape == (4,) and together.isfinite().all() and len(set(together.tolist())) == 4
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_score_is_that_of_the_closing_token(scorer, tokens):
+    rows = tokens.prompts(["red", "red"], ["blue", "shoe " * 6], ["", ""])
+    found = teacher.raw_scores(scorer, Rows.padded(rows, 0), "decoder")
+    hidden = scorer.model(input_ids=torch.tensor([rows[0][0]])).last_hidden_state[0, -1]
+    assert found[0].item() == pytest.approx((scorer.score.weight[0] @ hidden).item(), abs=1e-5)
+
+
+def test_a_new_head_is_drawn_by_the_seed(folder, tokens):
+    heads = [teacher.scorer(folder, tokens, seed).score.weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_saved_scorer_is_loaded_with_contract_and_the_same_scores(scorer, tokens, folder, tmp_path):
+    teacher.save(scorer, tokens, folder, tmp_path)
+    loaded = Tokens.load(tmp_path)
+    again = teacher.scorer(tmp_path, loaded, seed=9).eval()
+    rows = Rows.padded(loaded.prompts(["red"], ["shoe"], ["warm"]), 0)
+    assert loaded.contract.digest == tokens.contract.digest
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    with torch.no_grad():
+        assert torch.equal(teacher.raw_scores(again, rows, "decoder"), teacher.raw_scores(scorer, rows, "decoder"))
+
+
+def test_a_copied_base_has_the_same_weights_and_a_tokenizer_to_agree_on(folder, tmp_path):
+    teacher.copy(str(folder), tmp_path, "decoder")
+    one, two = (teacher.language_model(path).state_dict() for path in (folder, tmp_path))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert Tokens.agree(tmp_path, "decoder", TINY).contract.close == 2
+
+
+def test_a_copied_encoder_has_one_score(tmp_path):
+    save_student(tmp_path / "base", num_labels=1)
+    teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder")
+    assert teacher.form(str(tmp_path / "copy")) == "encoder"
+    tokens = Tokens.agree(tmp_path / "copy", "encoder", TINY)
+    model = teacher.scorer(tmp_path / "copy", tokens, 1)
+    rows = Rows.padded(tokens.prompts(["red"], ["shoe"], [""]), 0)
+    assert teacher.raw_scores(model, rows, "encoder").shape == (1,)
+
+
+def test_the_form_of_a_base_is_told_by_its_config(folder, tmp_path):
+    assert teacher.form("scratch") == teacher.form(str(folder)) == "decoder"
+    with pytest.raises(Refused, match=r"teacher\.base .*: no model there .*give a folder, a hub name, or scratch"):
+        teacher.form(str(tmp_path / "none"))
+
+
+# Continued pre-training
+
+
+def test_perplexity_counts_document_tokens_alone_and_each_of_them_once(folder, tokens):
+    rows = [example(), example("red shoe sale", "jacket", "", weight=50.0), example("x", "", "kids " * 9)]
+    found = teacher.Pretraining(rows[:1], rows, tokens).validate(model := teacher.language_model(folder))
+    surprise = []
+    with torch.no_grad():
+        for ids, of_query in tokens.prompts(*([row[name] for row in rows] for name in ("query", "title", "summary"))):
+            chances = model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
+            surprise += [-chances[place - 1, ids[place]].item() for place in range(of_query, len(ids))]
+    assert found == {"perplexity": pytest.approx(math.exp(sum(surprise) / len(surprise)), rel=1e-4)}
+
+
+def test_perplexity_does_not_depend_on_how_many_are_scored_together(folder, tokens, monkeypatch):
+    rows = [example(title=" ".join(WORDS[:n])) for n in range(1, 8)]
+    model, task = teacher.language_model(folder), teacher.Pretraining([], rows, tokens)
+    whole = task.validate(model)
+    monkeypatch.setattr(teacher, "VALIDATION_BATCH", 2)
+    assert task.validate(model)["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+    assert model.training and teacher.Pretraining([], [], tokens).validate(model) == {}
+
+
+def test_the_loss_is_weighted_and_the_query_carries_none(folder, tokens):
+    model = teacher.language_model(folder).eval()
+    rows = [example(weight=3.0), example("red shoe sale", "jacket", "warm rain", weight=1.0)]
+    task = teacher.Pretraining(rows, [], tokens)
+    both = task.batch([0, 1])
+    assert task.sizes == [(1, int(n)) for n in both.rows.real.sum(1)]
+    learned = both.rows.real & (both.rows.segments == 1)
+    with torch.no_grad():
+        single = [task.loss(model, task.batch([place])).item() for place in (0, 1)]
+        counts = learned.sum(1).tolist()
+        expected = (3 * counts[0] * single[0] + counts[1] * single[1]) / (3 * counts[0] + counts[1])
+        assert task.loss(model, both).item() == pytest.approx(expected, rel=1e-5)
+    assert [len(ids) - int(n) for (ids, _), n in zip(tokens.prompts(["red"], ["blue shoe"], ["rain"]), counts[:1])] == [3]
+
+
+# Fine-tuning
+
+
+def group(query="red", docs=LIST):
+    return {"query": query, "docs": docs}
+
+
+def test_lists_with_2_different_targets_are_learned_from_and_documents_without_one_left_out(tokens):
+    equal = [doc("a", grade=1), doc("b", grade=1)]
+    task = teacher.Ranking([group(), group(docs=equal), group(docs=[doc("a")])], [], tokens, Finetune())
+    batch = task.batch([0])
+    assert len(task.sizes) == 1 and batch.targets.tolist() == [[3, 0, 0]] and batch.real.all()
+    assert task.sizes[0] == (3, batch.rows.ids.shape[1])
+    assert math.isnan(task.validate(torch.nn.Linear(1, 1))["pair_accuracy"])
+
+
+@pytest.mark.parametrize("loss", ["margin", "ranknet", "listwise", "pointwise"])
+def test_the_loss_of_the_recipe_is_taken(scorer, tokens, loss):
+    docs = [doc("a", title="shoe", grade=2), doc("b", title="rain", grade=1), doc("c", title="kids", grade=0)]
+    task = teacher.Ranking([group(docs=docs)], [], tokens, Finetune(loss=loss, margin=0.25))
+    batch = task.batch([0])
+    with torch.no_grad():
+        scores = teacher.raw_scores(scorer, batch.rows, "decoder").view(1, 3)
+        expected = getattr(losses, loss)(scores, batch.targets, batch.real, *([0.25] if loss == "margin" else []))
+        assert task.loss(scorer, batch).item() == pytest.approx(expected.item())
+
+
+class ByLength(torch.nn.Module):
+    """Scores a text by the number of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=attention_mask.sum(1, keepdim=True) * self.weight)
+
+
+def test_3_of_4_pairs_in_the_right_order_are_an_accuracy_of_075():
+    groups = [
+        Group([([1], 1), ([1, 1], 1), ([1, 1, 1], 1)], [0.0, 2.0, 1.0]),  # 2 of 3
+        Group([([1], 1), ([1, 1], 1), ([1, 1], 1)], [0.0, 1.0, 0.0])._replace(targets=[0.0, 1.0, 1.0]),  # 2 of 2
+    ]
+    model = ByLength()
+    assert teacher.pair_accuracy(model, groups, 0, "decoder") == pytest.approx(4 / 5)
+    assert teacher.pair_accuracy(model, groups[:1], 0, "decoder") == pytest.approx(2 / 3)
+    assert model.training and math.isnan(teacher.pair_accuracy(model, [], 0, "decoder"))
+    assert model(**collate(groups, 0).rows.inputs("decoder")).logits.shape == (6, 1)
+
+
+def test_saving_to_a_folder_with_another_tokenizer_replaces_it(scorer, tokens, folder, tmp_path):
+    save_student(tmp_path)
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    teacher.save(scorer, tokens, folder, tmp_path)
+    assert Tokens.load(tmp_path).contract.form == "decoder"
