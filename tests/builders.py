@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
 from disranker import teacher
 from disranker.contract import Tokens
 from disranker.recipe import Student, Teacher
 from test_engine import WORDS
+from transformers import PreTrainedTokenizerFast
 
 TEXTS = [" ".join(WORDS)] * 3
-TINY = Teacher(
-    vocabulary=300, width=16, layers=2, heads=2, max_query_tokens=6, max_title_tokens=8, max_tokens=24
-)
+TINY = Teacher(vocabulary=400, width=16, layers=2, heads=2, max_query_tokens=6, max_title_tokens=8, max_tokens=24)
 TINY_STUDENT = Student(
     vocabulary=120, width=16, layers=2, heads=2, max_query_tokens=6, max_title_tokens=8, max_tokens=24
 )
@@ -43,15 +40,8 @@ class Dies:
     def __init__(self, fs):
         self.fs = fs
 
-    def delete_dir(self, path):
+    def delete_dir(self, *_):
         raise KeyboardInterrupt
 
     def __getattr__(self, name):
-        if name == "delete_file":
-            return self._only_manifests
         return getattr(self.fs, name)
-
-    def _only_manifests(self, path):
-        if not path.endswith("manifest.json"):
-            raise KeyboardInterrupt
-        self.fs.delete_file(path)

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from disranker.batches import Group, Lists, Rows, collate, plan
 from hypothesis import given
 from hypothesis import strategies as st
-
-from disranker.batches import Group, Lists, Rows, collate, plan
 
 sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20)), max_size=60)
 PAIR = Group([([5, 6, 7], 2), ([8, 9, 10, 11], 1)], [1.0, 2.0])

@@ -1,7 +1,6 @@
 import numpy as np
 import polars as pl
 import pytest
-
 from disranker import clicks, tables
 
 EXAMINED = [1 / rank**0.7 for rank in range(1, 11)]
@@ -26,7 +25,9 @@ def pbm_log(pages=4000, queries=8, seed=0, shuffled=True):
     for query in rng.integers(queries, size=pages):
         order = rng.permutation(12)[:10] if shuffled else np.argsort(-attractive[query])[:10]
         clicked = rng.random(10) < np.array(EXAMINED) * attractive[query, order]
-        rows += [(f"q{query}", f"d{doc}", rank + 1, int(c)) for rank, (doc, c) in enumerate(zip(order, clicked, strict=True))]
+        rows += [
+            (f"q{query}", f"d{doc}", rank + 1, int(c)) for rank, (doc, c) in enumerate(zip(order, clicked, strict=True))
+        ]
     frame = pl.DataFrame(rows, schema=["query", "doc_id", "position", "clicks"], orient="row")
     frame = frame.with_columns(impressions=pl.lit(1), dwell_sum_s=pl.lit(0.0), dwells=pl.lit(0))
     return clicks.merge(frame.select(pl.col(name).cast(kind) for name, kind in clicks.COUNTS.items())), attractive
@@ -38,6 +39,13 @@ PAGES = (
     search("shoe", ("a", 1, False, None), ("b", 2, False, None)),
     search("coat", ("a", 1, False, None), ("b", 11, True, 5.0)),
 )
+
+
+# Of 4 pages, a is clicked on 2, b on 1: examined starts at [1, 1 / sqrt 2], attractive at the mean, 3 / 8.
+FOUR = [
+    search("q", ("a", 1, first, None), ("b", 2, second, None))
+    for first, second in ((True, True), (True, False), (False, False), (False, False))
+]
 
 
 def test_counts_of_4_pages_by_hand():
@@ -70,14 +78,14 @@ def test_attractiveness_by_that_curve_is_found_within_01_and_better_than_by_plai
     for examined in (curve, dict.fromkeys(curve, 1.0)):
         done, looks = clicks.expected(log, examined)
         rows = clicks.evidence(log, examined, done / looks, 4.0).to_pylist()
-        errors.append([abs(row["attractiveness"] - attractive[int(row["query"][1:]), int(row["doc_id"][1:])]) for row in rows])
+        errors.append(
+            [abs(row["attractiveness"] - attractive[int(row["query"][1:]), int(row["doc_id"][1:])]) for row in rows]
+        )
     assert np.mean(errors[0]) < 0.05 and max(errors[0]) < 0.2 and np.mean(errors[1]) > 0.15
 
 
 def test_one_round_by_hand():
-    # 2 positions, 1 pair each: examined starts at [1, 1/sqrt 2], attractive at the mean 3/8.
-    log = counted(*([search("q", ("a", 1, True, None), ("b", 2, True, None))] + [search("q", ("a", 1, True, None), ("b", 2, False, None))]
-                    + [search("q", ("a", 1, False, None), ("b", 2, False, None))] * 2))  # fmt: skip
+    log = counted(*FOUR)
     e, a = np.array([1, 2**-0.5]), 3 / 8
     clicked, unclicked = np.array([2, 1]), np.array([2, 3])
     examined = (clicked + unclicked * e * (1 - a) / (1 - e * a)) / 4
@@ -86,8 +94,7 @@ def test_one_round_by_hand():
 
 
 def test_two_rounds_by_hand_use_the_prior_of_the_first():
-    log = counted(*([search("q", ("a", 1, True, None), ("b", 2, True, None))] + [search("q", ("a", 1, True, None), ("b", 2, False, None))]
-                    + [search("q", ("a", 1, False, None), ("b", 2, False, None))] * 2))  # fmt: skip
+    log = counted(*FOUR)
     e, a = np.array([1, 2**-0.5]), np.array([3 / 8, 3 / 8])
     clicked, unclicked = np.array([2, 1]), np.array([2, 3])
     for _ in range(2):
@@ -111,7 +118,11 @@ def test_evidence_by_hand():
     assert found["shoe", "a"]["attractiveness"] == pytest.approx(4 / 6.5)
     assert found["shoe", "b"]["attractiveness"] == pytest.approx((1 + 2) / (1 + 1 + 4))
     assert found["coat", "b"]["attractiveness"] == pytest.approx((1 + 2) / (0.25 + 4))
-    assert (found["shoe", "a"]["impressions"], found["shoe", "a"]["clicks"], found["shoe", "a"]["dwell_s"]) == (3, 2, 15.0)
+    assert (found["shoe", "a"]["impressions"], found["shoe", "a"]["clicks"], found["shoe", "a"]["dwell_s"]) == (
+        3,
+        2,
+        15.0,
+    )
     assert found["shoe", "b"]["dwell_s"] is None
 
 

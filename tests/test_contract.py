@@ -2,12 +2,11 @@ import json
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from builders import TINY, TINY_STUDENT, respecial, save_decoder
 from disranker.contract import Contract, Tokens, file_digest
 from disranker.recipe import Refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_engine import WORDS, save_student
 
 FORMS = {"decoder": TINY, "encoder": TINY_STUDENT}
@@ -91,9 +90,9 @@ def test_the_summary_gives_way_first_and_query_and_title_have_limits_of_6_and_8(
 def test_one_word_too_many_is_cut_and_at_the_limit_none(agreed, form):
     tokens = agreed[form]
     room = 24 - len(one(tokens, "red", "blue", "rain")[0]) + 1
-    fits, over = (one(tokens, "red", "blue", "rain " * n)[0] for n in (room, room + 1))
+    fits, over = (one(tokens, "red", "blue", " ".join(["rain"] * n))[0] for n in (room, room + 1))
     assert len(fits) == 24 and fits == over
-    assert len(one(tokens, "red", "blue", "rain " * (room - 1))[0]) == 23
+    assert len(one(tokens, "red", "blue", " ".join(["rain"] * (room - 1)))[0]) == 23
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -147,21 +146,24 @@ def test_a_swapped_tokenizer_is_refused_with_both_digests(copy):
     before = file_digest(copy["decoder"] / "tokenizer.json")
     shutil.copy(copy["encoder"] / "tokenizer.json", copy["decoder"])
     after = file_digest(copy["decoder"] / "tokenizer.json")
-    with pytest.raises(Refused, match=f"made for tokenizer {before} and template 1, but here are tokenizer {after}"):
+    with pytest.raises(Refused, match=rf"made for tokenizer {before} and template 1, but here are tokenizer {after}"):
         Tokens.load(copy["decoder"])
 
 
 def test_a_contract_of_another_template_is_refused(copy):
     file = copy["encoder"] / "contract.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
-    with pytest.raises(Refused, match="template 2, but here are .* template 1"):
+    with pytest.raises(Refused, match=r"template 2, but here are .* template 1"):
         Tokens.load(copy["encoder"])
 
 
 @pytest.mark.parametrize(
     ("specials", "named"),
     [
-        ({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}, r"closing token \(2\) and the padding token \(2\)"),
+        (
+            {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
+            r"closing token \(2\) and the padding token \(2\)",
+        ),
         ({"bos_token": "<s>", "eos_token": "</s>"}, r"padding token \(None\)"),
         ({"bos_token": "<s>", "pad_token": "<pad>"}, r"closing token \(None\)"),
     ],

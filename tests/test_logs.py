@@ -4,11 +4,10 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from disranker import logs
 from disranker.recipe import Refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 SEARCH = {
     "query_id": "q1",
@@ -126,7 +125,13 @@ def test_500_characters_of_a_refused_line_are_kept():
 
 @pytest.mark.parametrize(
     ("action", "kind"),
-    [("click", "click"), ("Product_Click", "click"), ("purchase", "conversion"), ("ADD_TO_CART", "conversion"), ("view", "other")],
+    [
+        ("click", "click"),
+        ("Product_Click", "click"),
+        ("purchase", "conversion"),
+        ("ADD_TO_CART", "conversion"),
+        ("view", "other"),
+    ],
 )
 def test_an_action_is_a_click_a_conversion_or_something_else(action, kind):
     assert read(event(action=action), "events")["kind"] == kind
@@ -167,10 +172,11 @@ def test_6_ways_to_write_half_a_second_past_noon(time):
     ("typed", "one"),
     [
         ("  Red\tSHOE ", "red shoe"),
-        ("ＳＨＯＥ　４２", "shoe 42"),
+        ("\uff33\uff28\uff2f\uff25\u3000\uff14\uff12", "shoe 42"),  # full width
         ("ﾌﾞﾙｰ", "ブルー"),
         ("ﻼ", "لا"),
         ("Straße", "strasse"),
+        ("℡", "tel"),
         ("cafe\u0301", "café"),
         ("ﬁne", "fine"),
         ("\u0130\u0316", "i\u0316\u0307"),  # folding alone leaves the accents in another order
@@ -212,7 +218,9 @@ def test_no_bytes_raise_and_each_line_ends_in_one_place(raw, kind):
 
 
 def test_half_a_character_becomes_a_replacement_and_a_whole_one_stays():
-    assert read(rb'{"action_name": "click", "query_id": "\ud83d \ud83d\ude00"}', "events")["reason"].startswith("no event")
+    assert read(rb'{"action_name": "click", "query_id": "\ud83d \ud83d\ude00"}', "events")["reason"].startswith(
+        "no event"
+    )
     assert logs.parsed(rb'["\uD83D \ud83d\ude00"]') == ["\ufffd \U0001f600"]
     assert logs.parsed(b'\xef\xbb\xbf["bom"]') == ["bom"]
 
@@ -257,7 +265,11 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_3_hits_with_2_clicks_and_a_purchase():
     hits, reasons, counts = joined(
         [SEARCH],
-        [event("b", time=1, dwell_time=5), event("b", time=2, dwell_time=7.5), event("c", "purchase", time=3, dwell_time=9)],
+        [
+            event("b", time=1, dwell_time=5),
+            event("b", time=2, dwell_time=7.5),
+            event("c", "purchase", time=3, dwell_time=9),
+        ],
     )
     assert hits == {"q1": [hit("a", 1), hit("b", 2, True, 12.5), hit("c", 3, converted=True)]}
     assert reasons == []
@@ -265,8 +277,15 @@ def test_3_hits_with_2_clicks_and_a_purchase():
 
 
 def test_dwell_of_unknown_clicks_is_unknown_and_0_seconds_are_0():
-    hits, _, _ = joined([SEARCH], [event("a"), event("b", dwell_time=0), event("c", time=1), event("c", time=2, dwell_time=4)])
+    hits, _, _ = joined(
+        [SEARCH], [event("a"), event("b", dwell_time=0), event("c", time=1), event("c", time=2, dwell_time=4)]
+    )
     assert [found["dwell_s"] for found in hits["q1"]] == [None, 0, 4]
+
+
+def test_seconds_spent_before_a_purchase_are_not_those_after_the_click():
+    hits, _, _ = joined([SEARCH], [event("a", dwell_time=5), event("a", "purchase", dwell_time=9)])
+    assert hits["q1"][0] == hit("a", 1, True, 5, True)
 
 
 def test_the_second_page_starts_at_position_11():
@@ -313,7 +332,10 @@ def test_a_reject_of_the_join_names_its_query_id():
     st.lists(st.sampled_from("pqr"), max_size=4),
     st.lists(
         st.tuples(
-            st.sampled_from("abz"), st.sampled_from(["click", "purchase", "view"]), st.integers(0, 2), st.sampled_from("pqx")
+            st.sampled_from("abz"),
+            st.sampled_from(["click", "purchase", "view"]),
+            st.integers(0, 2),
+            st.sampled_from("pqx"),
         ),
         max_size=10,
     ),

@@ -2,10 +2,9 @@ import math
 
 import pytest
 import torch
+from disranker import losses
 from hypothesis import given
 from hypothesis import strategies as st
-
-from disranker import losses
 
 LOSSES = {
     "margin": lambda s, t, real: losses.margin(s, t, real, 0.7),
@@ -179,7 +178,9 @@ def test_each_learned_token_is_told_by_the_position_before_it():
 
 def test_query_tokens_carry_no_loss():
     logits = torch.zeros(1, 4, 4, requires_grad=True)
-    losses.language(logits, torch.tensor([[0, 1, 3, 2]]), torch.tensor([[False, False, True, True]]), torch.ones(1)).backward()
+    losses.language(
+        logits, torch.tensor([[0, 1, 3, 2]]), torch.tensor([[False, False, True, True]]), torch.ones(1)
+    ).backward()
     assert logits.grad.abs().sum(2)[0].bool().tolist() == [False, True, True, False]
 
 

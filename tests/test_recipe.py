@@ -4,11 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from disranker import recipe
 from disranker.recipe import Refused
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def refusal(content):
@@ -33,7 +32,10 @@ def test_a_recipe_of_one_line_has_every_default():
     ("content", "named"),
     [
         ({"sed": 1}, ("'sed' in the recipe", "root, seed, world")),
-        ({"distill": {"learning_rate": 1.0}}, ("'learning_rate' in distill", "epochs, lr, warmup_share", "alpha, beta")),
+        (
+            {"distill": {"learning_rate": 1.0}},
+            ("'learning_rate' in distill", "epochs, lr, warmup_share", "alpha, beta"),
+        ),
         ({"student": {"take_layers": "first"}}, ("'take_layers' in student", "max_tokens, take")),
     ],
 )
@@ -48,7 +50,10 @@ def test_an_unknown_key_is_refused_with_the_ones_there_are(content, named):
         ({"seed": 1.0}, "seed: Input should be a valid integer, not 1.0"),
         ({"teacher": {"layers": 0}}, "teacher.layers: Input should be greater than 0, not 0"),
         ({"publish": {"beat_bm25": "yes"}}, "publish.beat_bm25: Input should be a valid boolean, not 'yes'"),
-        ({"finetune": {"loss": "hinge"}}, "finetune.loss: Input should be 'margin', 'ranknet', 'listwise' or 'pointwise'"),
+        (
+            {"finetune": {"loss": "hinge"}},
+            "finetune.loss: Input should be 'margin', 'ranknet', 'listwise' or 'pointwise'",
+        ),
         ({"data": {"queries": "q.json"}}, "data.queries: Input should be a valid list, not 'q.json'"),
         ({"aggregate": {"head_share": 1.5}}, "aggregate.head_share: Input should be less than or equal to 1, not 1.5"),
         ({"distill": {"warmup_share": 1.0}}, "distill.warmup_share: Input should be less than 1, not 1.0"),
@@ -80,8 +85,13 @@ def test_a_recipe_without_root_is_refused():
         ({"aggregate": {"validation_share": 0.5, "test_share": 0.5}}, "leave no query to train on"),
         ({"aggregate": {"head_share": 0.6, "torso_share": 0.5}}, "head_share and torso_share exceed 1"),
         ({"sample": {"judged": 1, "shown": 0, "bm25": 0, "random": 0}}, "fewer than the 2 documents"),
-        ({"finetune": {"tokens_per_batch": 1919}}, "finetune: tokens_per_batch 1919 cannot hold one list of 30 documents"),
+        (
+            {"finetune": {"tokens_per_batch": 1919}},
+            "finetune: tokens_per_batch 1919 cannot hold one list of 30 documents",
+        ),
         ({"distill": {"tokens_per_batch": 1919}}, "of 64 tokens; 1920 or more can"),
+        ({"student": {"max_tokens": 200}}, "30 documents of 200 tokens; 6000 or more"),
+        ({"teacher": {"max_tokens": 200}}, "30 documents of 200 tokens; 6000 or more"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(content, message):

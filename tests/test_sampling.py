@@ -3,11 +3,10 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from disranker import sampling
 from disranker.recipe import Aggregate, Sample
+from hypothesis import given
+from hypothesis import strategies as st
 
 CFG = Sample(judged=2, shown=2, bm25=2, random=2)
 CATALOGUE = [f"d{n}" for n in range(50)]
@@ -16,7 +15,7 @@ SHOWN = [{"doc_id": d, "impressions": n} for d, n in (("d9", 5), ("d4", 7), ("d5
 RANKED = ["d4", "d6", "d1", "d7", "d8"]
 
 
-def chosen(grades=GRADES, shown=SHOWN, ranked=RANKED, catalogue=CATALOGUE, cfg=CFG, seed=1, query="shoe"):
+def chosen(grades=GRADES, shown=SHOWN, *, ranked=RANKED, catalogue=CATALOGUE, cfg=CFG, seed=1, query="shoe"):
     return sampling.candidates(query, grades, shown, ranked, catalogue, cfg, seed)
 
 
@@ -82,7 +81,8 @@ def test_shares_that_make_up_1_leave_no_tail():
 
 
 @pytest.mark.parametrize(
-    ("searches", "band"), [(0, "unseen"), (1, "tail"), (2, "tail"), (3, "torso"), (4, "torso"), (5, "head"), (9, "head")]
+    ("searches", "band"),
+    [(0, "unseen"), (1, "tail"), (2, "tail"), (3, "torso"), (4, "torso"), (5, "head"), (9, "head")],
 )
 def test_a_band_starts_at_its_limit(searches, band):
     assert sampling.band(searches, (5, 3)) == band
@@ -125,12 +125,16 @@ def test_random_documents_differ_by_query_and_seed_and_come_again():
 
 
 def test_a_catalogue_of_5_gives_5():
-    found = chosen(catalogue=["d1", "d2", "d3", "d4", "d5"], ranked=[], cfg=Sample(judged=1, shown=1, bm25=0, random=20))
+    found = chosen(
+        catalogue=["d1", "d2", "d3", "d4", "d5"], ranked=[], cfg=Sample(judged=1, shown=1, bm25=0, random=20)
+    )
     assert sorted(dict(found)) == ["d1", "d2", "d3", "d4", "d5"]
 
 
 def test_a_catalogue_smaller_than_what_was_judged_ends_too():
-    found = chosen(grades={f"x{n}": 1 for n in range(5)}, cfg=Sample(judged=5, shown=0, bm25=0, random=3), catalogue=["d1", "d2"])
+    found = chosen(
+        grades={f"x{n}": 1 for n in range(5)}, cfg=Sample(judged=5, shown=0, bm25=0, random=3), catalogue=["d1", "d2"]
+    )
     assert len(found) == 5
 
 
@@ -144,7 +148,7 @@ def test_a_catalogue_smaller_than_what_was_judged_ends_too():
 def test_no_source_exceeds_its_quota_and_no_document_comes_twice(grades, impressions, ranked, quotas, seed):
     cfg = Sample(**dict(zip(("judged", "shown", "bm25", "random"), quotas, strict=True)))
     shown = [{"doc_id": d, "impressions": n} for d, n in impressions.items()]
-    found = chosen(grades, shown, ranked, cfg=cfg, seed=seed)
+    found = chosen(grades, shown, ranked=ranked, cfg=cfg, seed=seed)
     assert len({d for d, _ in found}) == len(found)
     counts = Counter(source for _, source in found)
     assert all(counts[source] <= getattr(cfg, source) for source in counts)
@@ -156,6 +160,22 @@ def test_a_group_holds_texts_grades_and_evidence_and_leaves_out_what_the_catalog
     texts = {"a": {"title": "A", "summary": "aa"}, "b": {"title": "B", "summary": ""}}
     evidence = [{"doc_id": "a", "attractiveness": 0.5, "impressions": 7}]
     found = sampling.group(query, [("a", "shown"), ("z", "judged"), ("b", "judged")], texts, evidence, {"b": 0})
-    a = {"doc_id": "a", "title": "A", "summary": "aa", "source": "shown", "grade": None, "attractiveness": 0.5, "impressions": 7}
-    b = {"doc_id": "b", "title": "B", "summary": "", "source": "judged", "grade": 0, "attractiveness": None, "impressions": None}
+    a = {
+        "doc_id": "a",
+        "title": "A",
+        "summary": "aa",
+        "source": "shown",
+        "grade": None,
+        "attractiveness": 0.5,
+        "impressions": 7,
+    }
+    b = {
+        "doc_id": "b",
+        "title": "B",
+        "summary": "",
+        "source": "judged",
+        "grade": 0,
+        "attractiveness": None,
+        "impressions": None,
+    }
     assert found == {"query": "shoe", "split": "train", "band": "head", "docs": [a, b]}

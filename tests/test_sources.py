@@ -4,7 +4,6 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
 from disranker import sources
 from disranker.recipe import Refused
 
@@ -81,7 +80,9 @@ def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path, name):
 
 def test_broken_lines_after_the_first_are_rejects(tmp_path):
     good = json.dumps({"doc_id": "a", "title": "half \ud83d", "summary": ""}).encode()
-    (tmp_path / "d.jsonl").write_bytes(b"\n".join([good, b"{", b"\xff", b"[" * 100_000, b"[1]", b"", b'{"doc_id": "z"}']))
+    (tmp_path / "d.jsonl").write_bytes(
+        b"\n".join([good, b"{", b"\xff", b"[" * 100_000, b"[1]", b"", b'{"doc_id": "z"}'])
+    )
     found, rejects, _ = documents(str(tmp_path / "d.jsonl"))
     assert found["title"].to_pylist() == ["half \ufffd"]
     assert rejects["line"].to_pylist() == [2, 3, 4, 5, 6, 7]
@@ -108,7 +109,10 @@ def judgment(**changed):
 def test_a_judgment_has_its_query_normalised_and_a_split_if_given(tmp_path):
     file = written(tmp_path / "j.jsonl", [judgment(), judgment(doc_id=7, grade=2.0, split="test")])
     good, refused = sources.judgments([file])
-    assert refused == [] and good.drop("file").rows() == [(1, "red shoe", "d", 3, None), (2, "red shoe", "7", 2, "test")]
+    assert refused == [] and good.drop("file").rows() == [
+        (1, "red shoe", "d", 3, None),
+        (2, "red shoe", "7", 2, "test"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,10 @@ def test_a_judgment_has_its_query_normalised_and_a_split_if_given(tmp_path):
         ({"query": " \u3000"}, "no query"),
         ({"doc_id": ""}, "no doc_id"),
         ({"doc_id": None}, "no doc_id"),
-        *(({"grade": grade}, "grade is no whole number from 0 to 10") for grade in ("3", None, 1.5, -1, 11, float("nan"))),
+        *(
+            ({"grade": grade}, "grade is no whole number from 0 to 10")
+            for grade in ("3", None, 1.5, -1, 11, float("nan"))
+        ),
         ({"grade": float("inf")}, "grade is no whole number from 0 to 10"),
         ({"split": "dev"}, "split is none of train, validation, test"),
     ],

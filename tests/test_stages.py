@@ -1,5 +1,6 @@
-import pytest
+import os
 
+import pytest
 from disranker import recipe, stages
 from disranker.recipe import Refused
 from disranker.store import Store
@@ -51,7 +52,7 @@ def test_10_stages_with_10_fingerprints_that_stay_the_same():
         ({"sample": {"random": 1}}, "sample"),
         ({"pretrain": {"epochs": 3}}, "pretrain"),
         ({"teacher": {"layers": 2}}, "pretrain"),
-        ({"finetune": {"workers": 2}}, "finetune"),
+        ({"finetune": {"workers": 3}}, "finetune"),
         ({"score": {"dtype": "bfloat16"}}, "score"),
         ({"distill": {"beta": 0.5}}, "distill"),
         ({"student": {"layers": 2}}, "distill"),
@@ -67,7 +68,7 @@ def test_a_changed_setting_changes_its_stage_and_all_that_follow(changed, first)
 @pytest.mark.parametrize(
     "changed",
     [
-        {"pretrain": {"cpus_per_worker": 1}},
+        {"pretrain": {"cpus_per_worker": 7}},
         {"finetune": {"gpus_per_worker": 1}},
         {"distill": {"checkpoint_every_steps": 7}},
         {"score": {"actors": 3, "cpus_per_actor": 2, "gpus_per_actor": 1, "kv_cache_gib": 4}},
@@ -83,6 +84,36 @@ def test_each_stage_reads_what_an_earlier_one_wrote():
     for step in steps().values():
         assert step.reads == {name: written[name] for name in step.stage.reads}
         written |= dict.fromkeys(step.stage.writes, step.fingerprint)
+
+
+def test_candidates_come_from_documents_judgments_evidence_and_queries():
+    found = steps()
+    assert set(found["sample"].reads) == {"documents", "judgments", "evidence", "queries"}
+    assert set(found["evaluate"].reads) == {"documents", "groups", "labels", "student"}
+
+
+def test_another_format_of_the_tables_does_every_stage_again(monkeypatch):
+    before = steps()
+    monkeypatch.setattr(stages, "FORMAT", stages.FORMAT + 1)
+    assert not {step.fingerprint for step in steps().values()} & {step.fingerprint for step in before.values()}
+
+
+def test_a_student_under_a_hub_name_has_no_files_here_nor_has_scratch(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert not any(step.inputs for step in steps(student={"base": "someone/some-bert"}).values())
+
+
+def test_a_student_in_a_folder_counts_for_distill_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert [name for name, step in steps(student={"base": str(tmp_path)}).items() if step.inputs] == ["distill"]
+
+
+def test_an_input_file_of_the_same_size_but_another_time_is_another_file(real, tmp_path):
+    before = steps(**real)["ingest"].fingerprint
+    os.utime(tmp_path / "q.jsonl", (1, 1))
+    assert steps(**real)["ingest"].fingerprint != before
 
 
 def test_own_data_are_not_generated(real):
@@ -111,7 +142,9 @@ def test_an_encoder_as_teacher_is_not_pretrained_and_its_files_count(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}')
     found = steps(teacher={"base": str(tmp_path)})
     assert "pretrain" not in found and set(found["finetune"].reads) == {"groups"}
-    assert found["finetune"].inputs[0][:2] == [str(tmp_path / "config.json"), 75]
+    assert found["finetune"].inputs[0][:2] == [str(tmp_path / "config.json"), 74]
+    longer = steps(teacher={"base": str(tmp_path), "max_tokens": 65})
+    assert longer["finetune"].fingerprint != found["finetune"].fingerprint
     (tmp_path / "model.safetensors").write_text("x")
     assert steps(teacher={"base": str(tmp_path)})["finetune"].fingerprint != found["finetune"].fingerprint
 
@@ -198,11 +231,15 @@ def test_a_stage_that_this_recipe_has_not_is_refused_by_name(real):
 
 def test_reads_must_be_there_and_made_with_these_settings(at):
     found = steps()
-    with pytest.raises(Refused, match=r"score: teacher is not there in .*; run jobs\.finetune first, or jobs\.pipeline"):
+    with pytest.raises(
+        Refused, match=r"score: teacher is not there in .*; run jobs\.finetune first, or jobs\.pipeline"
+    ):
         stages.check_reads(found["score"], at)
     commit(found["finetune"], at)
     commit(found["sample"], at, fingerprint="old")
-    with pytest.raises(Refused, match=r"score: groups was made with other settings or inputs in .*run jobs\.sample first"):
+    with pytest.raises(
+        Refused, match=r"score: groups was made with other settings or inputs in .*run jobs\.sample first"
+    ):
         stages.check_reads(found["score"], at)
     commit(found["sample"], at)
     stages.check_reads(found["score"], at)

@@ -4,7 +4,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
-
 from builders import Dies
 from disranker import store
 from disranker.recipe import Refused
@@ -106,6 +105,7 @@ def test_a_folder_goes_in_and_comes_out(at, tmp_path_factory):
     (model / "config.json").write_text("{}")
     at.put_folder(model, "student")
     assert (Path(at.folder("student")) / "config.json").read_text() == "{}"
+    assert at.folder("student") == at.at("student")
     at.commit("student", {"fingerprint": "f"})
     assert at.manifest("student") == {"fingerprint": "f", "bytes": 2}
 
@@ -122,6 +122,27 @@ def test_a_store_sent_to_another_process_finds_the_same_files(at, monkeypatch, t
     sent = pickle.dumps(at)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert Path(pickle.loads(sent).at("note")).read_text() == "here"
+
+
+def test_a_relative_root_is_the_same_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(Store("runs"))
+    monkeypatch.chdir("/")
+    assert pickle.loads(sent).path == str(tmp_path / "runs")
+
+
+def test_a_write_that_died_leaves_the_part_that_was_there(at, monkeypatch):
+    at.write("labels", 0, LABELS)
+    before = Path(at.written("labels")[0]).read_bytes()
+
+    def die(rows, out):
+        out.write(b"PAR1")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.pq, "write_table", die)
+    with pytest.raises(KeyboardInterrupt):
+        at.write("labels", 0, LABELS[:1])
+    assert [Path(path).read_bytes() for path in at.written("labels")] == [before]
 
 
 def test_a_relative_root_stays_where_it_was_when_the_store_was_made(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from transformers import AutoConfig, BertForSequenceClassification
-
 from builders import TEXTS, TINY_STUDENT, doc, save_decoder
 from disranker import losses, student
 from disranker.batches import Rows
@@ -9,6 +7,7 @@ from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused, Student
 from disranker.teacher import raw_scores
 from test_engine import save_student
+from transformers import AutoConfig, BertForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +74,12 @@ def test_the_new_head_is_drawn_by_the_seed(base, tmp_path):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
+def test_a_base_that_gives_one_score_keeps_its_head(tmp_path):
+    whole = student.load(save_student(tmp_path / "base"))
+    student.shortened(str(tmp_path / "base"), tmp_path / "short", cfg("first", 1), seed=1)
+    assert torch.equal(student.load(tmp_path / "short").classifier.weight, whole.classifier.weight)
+
+
 def test_a_base_that_is_nowhere_or_no_bert_or_too_short_is_refused(base, tmp_path):
     with pytest.raises(Refused, match=r"student\.base .*none: no model there"):
         student.shortened(str(tmp_path / "none"), tmp_path, cfg("first", 2), 1)
@@ -88,7 +93,9 @@ def test_a_student_from_nothing_has_the_shape_of_the_recipe_and_the_same_weights
     for name, seed in (("1", 1), ("2", 1), ("3", 2)):
         student.scratch(tmp_path / name, TEXTS, TINY_STUDENT, seed)
     one, two, three = (student.load(tmp_path / name).state_dict() for name in "123")
-    assert all(torch.equal(one[key], two[key]) for key in one) and not all(torch.equal(one[key], three[key]) for key in one)
+    assert all(torch.equal(one[key], two[key]) for key in one) and not all(
+        torch.equal(one[key], three[key]) for key in one
+    )
     config = AutoConfig.from_pretrained(tmp_path / "1")
     shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.max_position_embeddings)
     assert shape == (2, 16, 64, 24) and config.num_labels == 1 and config.hidden_dropout_prob == 0

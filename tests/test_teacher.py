@@ -1,17 +1,15 @@
 import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from builders import TINY, doc, save_decoder
 from disranker import losses, teacher
 from disranker.batches import Group, Rows, collate
 from disranker.contract import Tokens
 from disranker.recipe import Finetune, Refused
 from test_engine import WORDS, save_student
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +82,18 @@ def test_a_document_that_was_never_shown_has_no_evidence_even_where_0_impression
 def test_a_decoder_from_nothing_has_2_layers_a_vocabulary_and_no_secret_of_chance(folder, tmp_path):
     again, other = save_decoder(tmp_path / "1"), save_decoder(tmp_path / "2", seed=5)
     one, two, three = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, again, other))
-    assert all(torch.equal(one[key], two[key]) for key in one) and not all(torch.equal(one[key], three[key]) for key in one)
+    assert all(torch.equal(one[key], two[key]) for key in one) and not all(
+        torch.equal(one[key], three[key]) for key in one
+    )
     config = AutoModelForCausalLM.from_pretrained(folder).config
     assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (2, 16, 24)
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
 
 
 def test_every_byte_has_a_token(tokens):
-    ids = tokens.pairs(["靴 ü"], [""], [""])[0]
-    assert tokens._tokenizer.decode(ids).strip() == "靴"[:0] + tokens._tokenizer.decode(ids).strip()
-    assert all(i is not None for i in ids) and len(ids) > 5
+    text = "\x00 靴 ü \U0001f45f"
+    ids = tokens._tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokens._tokenizer.decode(ids) == text
 
 
 def test_words_start_alike_inside_a_text_and_at_its_start(tokens):
@@ -193,7 +193,8 @@ def test_the_loss_is_weighted_and_the_query_carries_none(folder, tokens):
         counts = learned.sum(1).tolist()
         expected = (3 * counts[0] * single[0] + counts[1] * single[1]) / (3 * counts[0] + counts[1])
         assert task.loss(model, both).item() == pytest.approx(expected, rel=1e-5)
-    assert [len(ids) - int(n) for (ids, _), n in zip(tokens.prompts(["red"], ["blue shoe"], ["rain"]), counts[:1])] == [3]
+    ids, of_query = tokens.prompts(["red"], ["blue shoe"], ["rain"])[0]
+    assert counts[0] == len(ids) - of_query
 
 
 # Fine-tuning
@@ -230,14 +231,14 @@ class ByLength(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, attention_mask, **_):
         return SimpleNamespace(logits=attention_mask.sum(1, keepdim=True) * self.weight)
 
 
-def test_3_of_4_pairs_in_the_right_order_are_an_accuracy_of_075():
+def test_4_of_5_pairs_in_the_right_order_are_an_accuracy_of_080():
     groups = [
         Group([([1], 1), ([1, 1], 1), ([1, 1, 1], 1)], [0.0, 2.0, 1.0]),  # 2 of 3
-        Group([([1], 1), ([1, 1], 1), ([1, 1], 1)], [0.0, 1.0, 0.0])._replace(targets=[0.0, 1.0, 1.0]),  # 2 of 2
+        Group([([1], 1), ([1, 1], 1), ([1, 1], 1)], [0.0, 1.0, 1.0]),  # 2 of 2
     ]
     model = ByLength()
     assert teacher.pair_accuracy(model, groups, 0, "decoder") == pytest.approx(4 / 5)
@@ -248,6 +249,5 @@ def test_3_of_4_pairs_in_the_right_order_are_an_accuracy_of_075():
 
 def test_saving_to_a_folder_with_another_tokenizer_replaces_it(scorer, tokens, folder, tmp_path):
     save_student(tmp_path)
-    shutil.rmtree(tmp_path / "none", ignore_errors=True)
     teacher.save(scorer, tokens, folder, tmp_path)
     assert Tokens.load(tmp_path).contract.form == "decoder"

@@ -5,7 +5,7 @@ The mean runs over documents or ordered pairs of all lists, so a long list weigh
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, softplus
 
 
 def pairs_above(targets: Tensor, real: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def language(logits: Tensor, ids: Tensor, learned: Tensor, weights: Tensor) -> T
     logits [rows, length, vocabulary]; ids [rows, length]; learned is true at title, summary and closing tokens;
     weights [rows].
     """
-    chances = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-    each = -chances.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
-    weight = learned[:, 1:] * weights.unsqueeze(1)
+    chosen = learned[:, 1:]  # the head sees these alone: it is most of the cost of a small model
+    each = cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen], reduction="none")
+    weight = weights.unsqueeze(1).expand(chosen.shape)[chosen]
     return (each * weight).sum() / weight.sum().clamp(min=1e-9)
 
 

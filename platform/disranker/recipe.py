@@ -78,7 +78,7 @@ class Model(Settings):
     """What teacher and student share; vocabulary, width, layers and heads are those of `scratch`."""
 
     base: str = "scratch"  # or a folder or hub name
-    vocabulary: Count = 2000
+    vocabulary: Count = 1000
     width: Count = 128
     layers: Count = 3
     heads: Count = 4

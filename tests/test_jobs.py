@@ -1,0 +1,238 @@
+"""The stages on a real Ray, with vLLM and Ray Train: what they leave, what they skip, what they refuse."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from disranker import recipe, stages, tables
+from disranker.contract import Tokens
+from disranker.engine import Engine
+from disranker.store import Store
+from jobs import launch, pipeline
+from jobs.score import Teacher
+
+
+def test_every_stage_leaves_its_artefacts_with_a_manifest(tiny, tiny_run):
+    for step in stages.steps(recipe.parse(tiny)):
+        for artefact in step.stage.writes:
+            manifest = tiny_run.manifest(artefact)
+            assert (manifest["stage"], manifest["fingerprint"]) == (step.stage.name, step.fingerprint)
+            assert manifest["seconds"] > 0
+            assert manifest["versions"]["ray"]
+
+
+@pytest.mark.parametrize("table", [name for name in tables.SCHEMAS if name != "labels"])
+def test_a_table_has_the_columns_and_rows_that_its_manifest_says(tiny_run, table):
+    manifest = tiny_run.manifest(table)
+    read = pa.concat_tables(pq.read_table(part) for part in tiny_run.parts(table))
+    assert read.num_rows == manifest["rows"] > 0
+    assert {field.name: str(field.type) for field in read.schema} == manifest["schema"]
+
+
+def test_every_line_of_the_log_became_a_search_an_event_or_a_reject(tiny_run):
+    counts = tiny_run.manifest("searches")["counts"]
+    files = [info.path for info in tiny_run.files("world") if info.base_name.endswith(".ndjson.gz")]
+    assert counts["lines"] == sum(len(gzip.open(file).read().splitlines()) for file in files)
+    assert counts["searches"] == tiny_run.manifest("searches")["rows"] == 2000
+    assert counts["rejects"] == tiny_run.manifest("rejects")["rows"] == sum(counts["reasons"].values())
+
+
+def test_no_query_is_in_two_splits_and_test_lists_hold_judged_documents_alone(tiny_run):
+    groups = tiny_run.read("groups").to_pylist()
+    assert len({group["query"] for group in groups}) == len(groups)
+    test = [group for group in groups if group["split"] == "test"]
+    assert test
+    assert all(doc["grade"] is not None for group in test for doc in group["docs"])
+    learned = {row["query"] for row in tiny_run.read("clicked").to_pylist()}
+    assert not learned & {group["query"] for group in test}
+
+
+def test_every_pair_of_every_list_has_one_label(tiny, tiny_run):
+    teacher = Teacher.of(recipe.parse(tiny), tiny_run)
+    groups = tiny_run.read("groups").to_pylist()
+    scores = teacher.scores(groups)  # raises for a pair without one
+    assert sum(map(len, scores)) == tiny_run.manifest("labels")["counts"]["pairs"]
+    stats = teacher.labels.stats()
+    assert stats["deviation"] > 0
+    assert stats == tiny_run.manifest("labels")["counts"]["scores"]
+
+
+def test_vllm_gives_the_logits_of_plain_transformers_to_1e_4(tiny, tiny_run):
+    import torch
+
+    from disranker.teacher import raw_scores, rows_of, scorer
+    from disranker.batches import Rows
+
+    folder = tiny_run.folder("teacher")
+    tokens = Tokens.load(folder)
+    model = scorer(folder, tokens, seed=0).eval()
+    groups = tiny_run.read("groups").to_pylist()[:20]
+    labelled = Teacher.of(recipe.parse(tiny), tiny_run).scores(groups)
+    for group, expected in zip(groups, labelled, strict=True):
+        rows = Rows.padded(rows_of(group["query"], group["docs"], tokens), tokens.contract.pad)
+        with torch.no_grad():
+            assert raw_scores(model, rows, "decoder").tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_report_has_three_runs_with_intervals_and_the_scores_it_came_from(tiny_run):
+    report = json.loads(Path(tiny_run.at("report", "report.json")).read_text())
+    assert list(report["runs"]) == ["bm25", "teacher", "student"]
+    assert all(run["ndcg@10"]["low"] <= run["ndcg@10"]["value"] <= run["ndcg@10"]["high"] for run in report["runs"].values())
+    scores = tiny_run.read("scores")
+    assert scores.num_rows == 3 * sum(len(g["docs"]) for g in tiny_run.read("groups").to_pylist() if g["split"] == "test")
+    assert "<html" in Path(tiny_run.at("report", "report.html")).read_text()
+
+
+def test_the_bundle_gives_the_scores_of_the_evaluation(tiny_run):
+    engine = Engine.from_bundle(tiny_run.at("bundle", "student"))
+    group = next(g for g in tiny_run.read("groups").to_pylist() if g["split"] == "test")
+    docs = group["docs"]
+    found = engine.scores([group["query"]] * len(docs), [d["title"] for d in docs], [d["summary"] for d in docs])
+    rows = tiny_run.read("scores").to_pylist()
+    expected = {r["doc_id"]: r["score"] for r in rows if r["query"] == group["query"] and r["model"] == "student"}
+    assert dict(zip([d["doc_id"] for d in docs], found, strict=True)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_second_run_does_nothing(tiny, tiny_run, capsys):
+    before = {info.path: info.mtime_ns for info in tiny_run.files("")}
+    pipeline.run(recipe.parse(tiny))
+    assert capsys.readouterr().out.count("stands") == len(stages.steps(recipe.parse(tiny)))
+    assert {info.path: info.mtime_ns for info in tiny_run.files("")} == before
+
+
+def test_a_dry_run_names_the_changed_setting_and_all_that_follows_from_it(tiny, tiny_run, capsys):
+    changed = recipe.parse(tiny | {"score": {"dtype": "bfloat16"}})
+    pipeline.run(changed, dry=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines if "runs" in line] == ["score:", "distill:", "evaluate:", "publish:"]
+    assert "score.dtype float32 -> bfloat16" in next(line for line in lines if "score:" in line)
+
+
+def test_a_stage_alone_refuses_what_is_not_there_yet(tiny, tmp_path, capsys):
+    path = _recipe(tmp_path, tiny | {"root": str(tmp_path / "run")})
+    assert launch.main("sample", ["--recipe", path]) == 2
+    assert "refused: sample: documents is not there" in capsys.readouterr().err
+
+
+def test_labels_are_paid_for_once(tiny, tiny_run, tmp_path):
+    """Deleting the manifest makes the stage run again, and find every label."""
+    root = _copy(tiny_run, tmp_path)
+    Path(root, "labels", "manifest.json").unlink()
+    pipeline.run(recipe.parse(tiny | {"root": root}), first="score", last="score")
+    counts = Store(root).manifest("labels")["counts"]
+    assert counts["scored"] == 0
+    assert counts["scores"] == tiny_run.manifest("labels")["counts"]["scores"]
+
+
+LOG = {
+    "query_id": "q1",
+    "client_id": "c1",
+    "user_query": "sofa",
+    "query_response_hit_ids": ["d1", "d2"],
+    "timestamp": "2026-01-01T00:00:00Z",
+}
+EVENT = {
+    "action_name": "click",
+    "query_id": "q1",
+    "client_id": "c1",
+    "timestamp": "2026-01-01T00:00:05Z",
+    "event_attributes": {"object": {"object_id": "d1"}},
+}
+DOCUMENTS = [{"doc_id": "d1", "title": "a sofa", "summary": ""}, {"doc_id": "d2", "title": "a table", "summary": ""}]
+JUDGMENTS = [{"query": "sofa", "doc_id": "d1", "grade": 3}]
+
+
+def _recipe(folder: Path, content: dict) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def _copy(store: Store, folder: Path) -> str:
+    return shutil.copytree(store.path, folder / "run").as_posix()
+
+
+def _input(folder: Path, queries=(LOG,), events=(EVENT,), documents=DOCUMENTS, judgments=JUDGMENTS) -> dict:
+    def lines(name: str, rows) -> str:
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    given = {"queries": queries, "events": events, "documents": documents, "judgments": judgments}
+    return {"root": str(folder / "run"), "ingest": {"parts": 2}, "data": {name: [lines(name, rows)] for name, rows in given.items()}}
+
+
+BAD = {
+    "an unknown key": (lambda given: given | {"finetune": {"learning_rate": 1}}, "no setting 'learning_rate' in finetune; it has"),
+    "a missing path": (lambda given: given | {"data": given["data"] | {"queries": ["nowhere.ndjson"]}}, "data.queries: nothing at nowhere.ndjson"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_recipe_is_refused_in_one_line_with_nothing_written(fault, tmp_path, capsys):
+    change, message = BAD[fault]
+    assert pipeline.main(["--recipe", _recipe(tmp_path, change(_input(tmp_path)))]) == 2
+    _refused_with(message, capsys.readouterr().err, tmp_path)
+
+
+INPUTS = {
+    "an empty log": ({"queries": ()}, "the log is empty"),
+    "a log without a valid line": ({"queries": ("{broken", "[]")}, "not one valid query in 3 lines, mostly: "),
+    "documents without a column": ({"documents": [{"doc_id": "d1", "title": "a"}]}, "no column summary; it has doc_id, title"),
+    "judgments of unknown documents": ({"judgments": [{"query": "sofa", "doc_id": "x", "grade": 1}]}, "none of the 1 grades"),
+}
+
+
+@pytest.mark.parametrize("fault", INPUTS)
+def test_input_that_cannot_be_used_is_refused_in_one_line_with_nothing_written(fault, ray_here, tmp_path, capsys):
+    change, message = INPUTS[fault]
+    assert pipeline.main(["--recipe", _recipe(tmp_path, _input(tmp_path, **change)), "--until", "ingest"]) == 2
+    _refused_with(message, capsys.readouterr().err, tmp_path)
+
+
+def _refused_with(message: str, error: str, folder: Path) -> None:
+    assert error.count("\n") == 1
+    assert error.startswith("refused: ")
+    assert message in error
+    left = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    assert not left
+
+
+def test_queries_without_documents_are_refused_with_nothing_written(ray_here, tmp_path, capsys):
+    """The log speaks of documents that the catalogue has not."""
+    strange = _input(tmp_path, queries=[LOG | {"query_response_hit_ids": ["x", "y"]}], events=[], judgments=[])
+    strange |= {"aggregate": {"test_share": 0.0}, "sample": {"bm25": 0, "random": 0}}
+    assert pipeline.main(["--recipe", _recipe(tmp_path, strange), "--until", "sample"]) == 2
+    assert "no training query has two documents" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "groups").exists()
+
+
+def test_what_is_bad_in_part_is_counted_and_kept(ray_here, tmp_path):
+    given = _input(
+        tmp_path,
+        queries=(LOG, "{broken", LOG | {"query_id": "q2", "user_query": " "}),
+        events=(EVENT, EVENT, EVENT | {"query_id": "gone"}),
+        documents=[*DOCUMENTS, {"doc_id": None, "title": "x", "summary": "y"}],
+        judgments=[*JUDGMENTS, {"query": "sofa", "doc_id": "x", "grade": 1}, {"query": "sofa", "doc_id": "d2", "grade": 99}],
+    )
+    assert pipeline.main(["--recipe", _recipe(tmp_path, given), "--until", "ingest"]) == 0
+    store = Store(given["root"])
+    assert store.manifest("searches")["counts"]["duplicate_events"] == 1
+    rejects = store.read("rejects").to_pylist()
+    assert sorted(row["reason"] for row in rejects) == [
+        "grade is no whole number from 0 to 10",
+        "no doc_id",
+        "no result page has this query_id",
+        "no such document",
+        "not JSON",
+        "user_query is blank",
+    ]
+    assert all(row["file"] and row["line"] for row in rejects)
+    (search,) = store.read("searches").to_pylist()
+    assert [hit["clicked"] for hit in search["hits"]] == [True, False]

@@ -1,0 +1,89 @@
+"""`kill -9` in the middle of a stage, then the same command again: the tables of an undisturbed run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from disranker import recipe
+from disranker.store import Store
+from jobs import pipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(content: dict, folder: Path, *arguments: str) -> subprocess.Popen:
+    """The pipeline in a process group and on a Ray of its own."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    command = [sys.executable, "-m", "jobs.pipeline", "--recipe", str(path), *arguments]
+    log = (folder / "log").open("w")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def kill_when(process: subprocess.Popen, there: Path, pattern: str, timeout_s: float = 180) -> None:
+    """Ends it the moment a file appears."""
+    end = time.monotonic() + timeout_s
+    while not list(there.glob(pattern)):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < end, f"no {pattern} in {timeout_s} s"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def copy_without(store: Store, folder: Path, *artefacts: str) -> Path:
+    root = Path(shutil.copytree(store.path, folder / "run"))
+    for artefact in artefacts:
+        shutil.rmtree(root / artefact)
+    return root
+
+
+def test_ingest_killed_and_run_again_leaves_the_tables_of_an_undisturbed_run(tiny, tiny_run, tmp_path):
+    names = ("documents", "judgments", "searches", "rejects")
+    root = copy_without(tiny_run, tmp_path, *names)
+    content = tiny | {"root": str(root)}
+    kill_when(start(content, tmp_path, "--from", "ingest", "--until", "ingest"), root, "searches/part-*.parquet")
+    store = Store(str(root))
+    assert all(store.finished(name) is None for name in names)
+    pipeline.run(recipe.parse(content), last="ingest")
+    for name in names:
+        mine, theirs = store.read(name), tiny_run.read(name)
+        # The world lies elsewhere, so a reject names another folder.
+        columns = [column for column in mine.column_names if column != "file"]
+        assert mine.select(columns).equals(theirs.select(columns)), name
+        assert not list((root / name).glob("*.unfinished"))
+
+
+def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twice(tiny, tiny_run, tmp_path):
+    root = copy_without(tiny_run, tmp_path, "labels")
+    content = tiny | {"root": str(root)}
+    kill_when(start(content, tmp_path, "--from", "score", "--until", "score"), root, "labels/*/new-*.parquet")
+    store = Store(str(root))
+    assert store.finished("labels") is None
+    pipeline.run(recipe.parse(content), first="score", last="score")
+    counts, undisturbed = store.manifest("labels")["counts"], tiny_run.manifest("labels")["counts"]
+    assert 0 < counts["scored"] < undisturbed["scored"]
+    mine, theirs = ({row["key"]: row["score"] for row in s.read("labels").to_pylist()} for s in (store, tiny_run))
+    assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_training_killed_after_a_checkpoint_ends_with_the_weights_of_an_undisturbed_run(tiny, tiny_run, tmp_path):
+    from safetensors.torch import load_file
+
+    root = copy_without(tiny_run, tmp_path, "student")
+    content = tiny | {"root": str(root)}
+    process = start(content, tmp_path, "--from", "distill", "--until", "distill")
+    kill_when(process, root, "runs/distill-*/checkpoint_manager_snapshot.json")
+    assert Store(str(root)).finished("student") is None
+    pipeline.run(recipe.parse(content), last="distill")
+    mine, theirs = (load_file(Path(folder) / "student" / "model.safetensors") for folder in (root, tiny_run.path))
+    assert all(mine[name].sub(theirs[name]).abs().max() < 1e-5 for name in theirs)
+    assert not list((root / "runs").glob("distill-*"))
