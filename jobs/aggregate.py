@@ -44,13 +44,17 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 
 
 def _bots(store: Store, cfg: Aggregate, count: int) -> set[str]:
-    clients = ray.data.read_parquet(store.parts("searches"), filesystem=store.fs, columns=["client"]).groupby("client", num_partitions=count).count()
+    clients = (
+        ray.data.read_parquet(store.parts("searches"), filesystem=store.fs, columns=["client"])
+        .groupby("client", num_partitions=count)
+        .count()
+    )
     busy = clients.filter(expr=col("count()") > cfg.max_searches_per_client)
     return {row["client"] for row in busy.iter_rows()}
 
 
 def _count(store: Store, scratch: str, bots: set[str], count: int) -> dict[int, int]:
-    """Counts of all searches by part of the query, as scratch files; returns how many queries have how many searches."""
+    """Counts of all searches by part of the query, as scratch files; returns how many queries have so many searches."""
     refused = ray.put(pl.Series(sorted(bots), dtype=pl.String))
 
     def counted(searches: pa.Table) -> pa.Table:
@@ -75,7 +79,7 @@ def _count(store: Store, scratch: str, bots: set[str], count: int) -> dict[int, 
 
 
 def _model(store: Store, scratch: str, cfg: Aggregate, count: int) -> tuple[dict[int, float], float]:
-    """(examination by position, mean attractiveness), fitted on as many parts as fit in memory; parts are random samples."""
+    """(examination by position, mean attractiveness), fitted on as many parts as fit in memory: each is a sample."""
     read: list[pl.DataFrame] = []
     for part in range(count):
         read.append(_read(store, scratch, "counts", part))
@@ -92,7 +96,11 @@ def _model(store: Store, scratch: str, cfg: Aggregate, count: int) -> tuple[dict
 
 def _judged(store: Store, count: int) -> dict[int, dict[str, str | None]]:
     """Queries that people graded, with the split they asked for, by part."""
-    asked = pl.DataFrame(pl.from_arrow(store.read("judgments", ["query", "split"]))).group_by("query").agg(pl.col("split").max())
+    asked = (
+        pl.DataFrame(pl.from_arrow(store.read("judgments", ["query", "split"])))
+        .group_by("query")
+        .agg(pl.col("split").max())
+    )
     found: dict[int, dict[str, str | None]] = {}
     for part, (query, split) in zip(tables.part_of(asked["query"], count), asked.iter_rows(), strict=True):
         found.setdefault(int(part), {})[query] = split
@@ -106,7 +114,10 @@ def _queries(
     rows |= {query: {"query": query, "searches": 0, "clients": 0} for query in judged if query not in rows}
     named = [
         row
-        | {"band": sampling.band(row["searches"], limits), "split": judged.get(query) or sampling.split(query, cfg, seed)}
+        | {
+            "band": sampling.band(row["searches"], limits),
+            "split": judged.get(query) or sampling.split(query, cfg, seed),
+        }
         for query, row in sorted(rows.items())
     ]
     return tables.conform("queries", named)

@@ -41,7 +41,9 @@ def _heading(recipe: Recipe, found: report.Report) -> str:
 
 def _ask(url: str, store: Store) -> None:
     """One rerank request with a test query, and the answer, as a client would see them."""
-    group = max(store.read("groups", part=0).to_pylist(), key=lambda group: (group["split"] == "test", len(group["docs"])))
+    group = max(
+        store.read("groups", part=0).to_pylist(), key=lambda group: (group["split"] == "test", len(group["docs"]))
+    )
     documents = [{"title": doc["title"], "summary": doc["summary"]} for doc in group["docs"]]
     body = {"query": group["query"], "documents": documents, "top_n": 3, "return_documents": True}
     answer = httpx.post(f"{url}/v1/rerank", json=body, timeout=60).raise_for_status().json()

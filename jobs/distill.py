@@ -35,7 +35,9 @@ def task(recipe: Recipe, store: Store, tokens: Tokens) -> student.Distillation:
     stats = store.manifest("labels")["counts"]["scores"]
     teacher = Teacher.of(recipe, store)
     groups = training.groups(store)
-    train, validation = (list(zip(groups[split], teacher.scores(groups[split]), strict=True)) for split in ("train", "validation"))
+    train, validation = (
+        list(zip(groups[split], teacher.scores(groups[split]), strict=True)) for split in ("train", "validation")
+    )
     return student.Distillation(train, validation, tokens, recipe.distill, stats["mean"], stats["deviation"])
 
 

@@ -1,7 +1,7 @@
 """BM25, teacher and student on the test queries -> scores and the report."""
 
-import sys
 import json
+import sys
 from typing import Any
 
 import pyarrow.compute as pc
@@ -26,7 +26,9 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
     titles = {doc["doc_id"]: doc["title"] for group in groups for doc in group["docs"]}
     runs = _runs(store)
-    found = report.evaluate(qrels, runs, recipe.evaluate, recipe.seed, {group["query"]: group["band"] for group in groups})
+    found = report.evaluate(
+        qrels, runs, recipe.evaluate, recipe.seed, {group["query"]: group["band"] for group in groups}
+    )
     _write(found, qrels, runs, titles, recipe, store)
     return counts | {name: _headline(found, name) for name in MODELS}
 
@@ -38,14 +40,20 @@ class Judge:
         self.store, self.teacher = store, Teacher.of(recipe, store)
         self.student = Engine(store.folder("student"))
         documents = store.read("documents").to_pylist()
-        self.bm25 = BM25([row["doc_id"] for row in documents], [f"{row['title']} {row['summary']}" for row in documents])
+        self.bm25 = BM25(
+            [row["doc_id"] for row in documents], [f"{row['title']} {row['summary']}" for row in documents]
+        )
 
     def __call__(self, part: int) -> dict[str, int]:
         groups = self.store.read("groups", part=part, where=TEST).to_pylist()
         rows: list[dict[str, Any]] = []
         for group, teacher in zip(groups, self.teacher.scores(groups), strict=True):
             doc_ids = [doc["doc_id"] for doc in group["docs"]]
-            scores = {"bm25": self.bm25.scores(group["query"], doc_ids), "teacher": teacher, "student": self._student(group)}
+            scores = {
+                "bm25": self.bm25.scores(group["query"], doc_ids),
+                "teacher": teacher,
+                "student": self._student(group),
+            }
             for model, given in scores.items():
                 rows += [
                     {"query": group["query"], "doc_id": doc_id, "model": model, "score": score}
@@ -56,7 +64,9 @@ class Judge:
 
     def _student(self, group: dict[str, Any]) -> list[float]:
         docs = group["docs"]
-        return self.student.scores([group["query"]] * len(docs), [d["title"] for d in docs], [d["summary"] for d in docs])
+        return self.student.scores(
+            [group["query"]] * len(docs), [d["title"] for d in docs], [d["summary"] for d in docs]
+        )
 
 
 def _runs(store: Store) -> dict[str, Run]:
@@ -66,10 +76,14 @@ def _runs(store: Store) -> dict[str, Run]:
     return dict(runs)
 
 
-def _write(found: report.Report, qrels: Qrels, runs: dict[str, Run], titles: dict[str, str], recipe: Recipe, store: Store) -> None:
+def _write(
+    found: report.Report, qrels: Qrels, runs: dict[str, Run], titles: dict[str, str], recipe: Recipe, store: Store
+) -> None:
     examples = report.examples(qrels, runs, "student", "bm25", titles)
     title = "disranker on a made-up world" if recipe.made_up else "disranker"
-    store.put_text(report.html(found, title=title, facts=_facts(recipe, store), examples=examples), "report", "report.html")
+    store.put_text(
+        report.html(found, title=title, facts=_facts(recipe, store), examples=examples), "report", "report.html"
+    )
     for name, scores in runs.items():
         store.put_text(report.trec_run(scores, name), "report", f"{name}.run")
     store.put_text(json.dumps(found, indent=1), "report", "report.json")
@@ -79,10 +93,12 @@ def _facts(recipe: Recipe, store: Store) -> dict[str, str]:
     searches, groups = store.manifest("searches"), store.manifest("groups")
     teacher, labels, student = (store.manifest(name) for name in ("teacher", "labels", "student"))
     return {
-        "Data": "a made-up world: nothing here is a result on real users" if recipe.made_up else ", ".join(recipe.data.queries),
+        "Data": "a made-up world: nothing here is a result on real users"
+        if recipe.made_up
+        else ", ".join(recipe.data.queries),
         "Searches": f"{searches['rows']:,}, and {store.manifest('rejects')['rows']:,} lines refused",
         "Documents": f"{store.manifest('documents')['rows']:,}",
-        "Lists": f"{groups['counts']['train']:,} to train on, {groups['counts']['validation']:,} to validate, {groups['counts']['test']:,} to test",
+        "Lists": ", ".join(f"{groups['counts'][split]:,} {split}" for split in ("train", "validation", "test")),
         "Teacher": f"{recipe.teacher.base}, {teacher['counts']['steps']:,} steps of {recipe.finetune.loss}",
         "Labels": f"{labels['counts']['pairs']:,} pairs",
         "Student": f"{recipe.student.base}, {recipe.student.layers} layers, {student['counts']['steps']:,} steps",

@@ -31,7 +31,12 @@ def _files(recipe: Recipe, store: Store) -> dict[str, list[str]]:
     if not recipe.made_up:
         return {what: stores.expand(getattr(recipe.data, what), what) for what in type(recipe.data).model_fields}
     world = f"{store.uri}/world"
-    names = {"documents": "documents.parquet", "judgments": "judgments.parquet", "queries": "ubi_queries-*", "events": "ubi_events-*"}
+    names = {
+        "documents": "documents.parquet",
+        "judgments": "judgments.parquet",
+        "queries": "ubi_queries-*",
+        "events": "ubi_events-*",
+    }
     return {what: stores.expand([f"{world}/{name}"], what) for what, name in names.items()}
 
 
@@ -71,7 +76,9 @@ def _documents(files: list[str], count: int, store: Store) -> dict[str, int]:
         next(sources.rows(file, "documents"), None)
     counts = parts.total(parts.gather(parts.flat(files, partial(sources.documents, parts=count)), count, write))
     if not counts.get("documents"):
-        raise Refused(f"data.documents: no usable document in {', '.join(files)}; each needs a doc_id and a title or summary")
+        raise Refused(
+            f"data.documents: no usable document in {', '.join(files)}; each needs a doc_id and a title or summary"
+        )
     return counts
 
 
@@ -86,10 +93,15 @@ def _judgments(files: list[str], part: int, store: Store) -> dict[str, int]:
     good = graded.filter(~missing).unique(["query", "doc_id"], keep="last", maintain_order=True).sort("query", "doc_id")
     if files and not good.height:
         raise Refused(
-            f"data.judgments: none of the {graded.height + len(refused)} grades in {', '.join(files)} is of a document in data.documents"
+            f"data.judgments: none of the {graded.height + len(refused)} grades in {', '.join(files)} is of a document "
+            "in data.documents"
         )
     store.write("judgments", 0, good.drop("file", "line").to_arrow())
-    store.write("rejects", part, pa.concat_tables([tables.conform("rejects", refused), tables.conform("rejects", unknown.to_arrow())]))
+    store.write(
+        "rejects",
+        part,
+        pa.concat_tables([tables.conform("rejects", refused), tables.conform("rejects", unknown.to_arrow())]),
+    )
     return {"judgments": good.height, "judgments_replaced": graded.height - unknown.height - good.height}
 
 

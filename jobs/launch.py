@@ -44,7 +44,9 @@ def main(stage: str, argv: list[str] | None = None) -> int:
         store = Store(recipe.root)
         step = next((s for s in stages.steps(recipe) if s.stage.name == stage), None)
         if step is None:
-            raise Refused(f"this recipe has no stage {stage}; it has {', '.join(s.stage.name for s in stages.steps(recipe))}")
+            raise Refused(
+                f"this recipe has no stage {stage}; it has {', '.join(s.stage.name for s in stages.steps(recipe))}"
+            )
         if stages.why(step, store) is None:
             say(f"{stage}: stands")
         else:
@@ -56,7 +58,9 @@ def main(stage: str, argv: list[str] | None = None) -> int:
 def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=name, description=about)
     parser.add_argument("--recipe", required=True, help="YAML file with the settings of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="lay a value over the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="lay a value over the recipe"
+    )
     return parser
 
 

@@ -22,7 +22,9 @@ def flat(items: Iterable[Any], read: Callable[[Any], Iterator[pa.Table]]) -> ray
     return ray.data.from_items(listed, override_num_blocks=len(listed)).map_batches(tables, batch_size=1)
 
 
-def gather(records: ray.data.Dataset, parts: int, write: Callable[[int, pa.Table], dict[str, Any]]) -> list[dict[str, Any]]:
+def gather(
+    records: ray.data.Dataset, parts: int, write: Callable[[int, pa.Table], dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Brings the rows of each `part` together, hands them to `write`, and returns what it says of each."""
 
     def whole(rows: pa.Table) -> pa.Table:

@@ -23,7 +23,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 
 
 def start(recipe: Recipe, store: Store, folder: Path) -> None:
-    """The language model to begin with: the base, or for `scratch` a small one with a tokenizer of the training texts."""
+    """The language model to begin with: the base, or for `scratch` a small one with a tokenizer of the texts."""
     if recipe.teacher.base == "scratch":
         teacher.scratch(folder, training.texts(store), recipe.teacher, recipe.seed)
     else:
@@ -32,7 +32,9 @@ def start(recipe: Recipe, store: Store, folder: Path) -> None:
 
 
 def task(recipe: Recipe, store: Store, tokens: Tokens) -> teacher.Pretraining:
-    examples = {split: store.read("clicked", where=pc.field("split") == split).to_pylist() for split in ("train", "validation")}
+    examples = {
+        split: store.read("clicked", where=pc.field("split") == split).to_pylist() for split in ("train", "validation")
+    }
     if not examples["train"]:
         raise Refused("pretrain: no clicked document; lower sample.min_clicks, or look at the clicks counted by ingest")
     return teacher.Pretraining(examples["train"], examples["validation"], tokens)

@@ -19,9 +19,15 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     said = parts.each_by(recipe.ingest.parts, Sampler, recipe, store)
     counts = parts.total(said)
     if not counts["train"]:
-        raise Refused("sample: no training query has two documents that the catalogue knows; do data.documents belong to these logs?")
+        raise Refused(
+            "sample: no training query has two documents that the catalogue knows; "
+            "do data.documents belong to these logs?"
+        )
     if not counts["test"]:
-        raise Refused("sample: no test query has graded documents, so nothing could be measured; add judgments or raise aggregate.test_share")
+        raise Refused(
+            "sample: no test query has graded documents, so nothing could be measured; "
+            "add judgments or raise aggregate.test_share"
+        )
     return counts
 
 
@@ -40,13 +46,21 @@ class Sampler:
         evidence = _by_query(self.store.read("evidence", part=part).to_pylist())
         asked = pc.field("query").isin([row["query"] for row in queries])
         grades = _by_query(self.store.read("judgments", where=asked).to_pylist())
+        queries = [row for row in queries if self.taken(row, row["query"] in grades)]
         groups = [self.group(row, evidence.get(row["query"], []), grades.get(row["query"], [])) for row in queries]
         kept = [group for group in groups if len(group["docs"]) > 1]
         clicked = [example for row in queries for example in self.clicked(row, evidence.get(row["query"], []))]
         self.store.write("groups", part, kept)
         self.store.write("clicked", part, clicked)
         splits = {split: sum(group["split"] == split for group in kept) for split in ("train", "validation", "test")}
-        return splits | {"pairs": sum(len(group["docs"]) for group in kept), "clicked": len(clicked), "without_list": len(groups) - len(kept)}
+        return splits | {
+            "pairs": sum(len(group["docs"]) for group in kept),
+            "clicked": len(clicked),
+            "without_list": len(groups) - len(kept),
+        }
+
+    def taken(self, query: Row, graded: bool) -> bool:
+        return graded or sampling.uniform(f"taken\t{query['query']}", self.seed) < self.cfg.share_of_ungraded
 
     def group(self, query: Row, evidence: list[Row], judgments: list[Row]) -> Row:
         """A test list holds the graded documents alone: what is measured on it is the order of those."""

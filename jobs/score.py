@@ -1,7 +1,7 @@
 """Every pair of the lists through the teacher on vLLM, once; scores go to the label store by key."""
 
-import sys
 import os
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -37,7 +37,10 @@ class Teacher:
 
     def keyed(self, group: dict[str, Any]) -> list[tuple[str, list[int], int]]:
         """(key, ids, how many ids belong to the query) of each document of one list."""
-        return [(labels.key(ids, self.name), ids, prompt) for ids, prompt in rows_of(group["query"], group["docs"], self.tokens)]
+        return [
+            (labels.key(ids, self.name), ids, prompt)
+            for ids, prompt in rows_of(group["query"], group["docs"], self.tokens)
+        ]
 
     def scores(self, groups: Sequence[dict[str, Any]]) -> list[list[float]]:
         """The raw teacher score of each document of each list. Raises `KeyError` for a pair without a label."""
@@ -50,7 +53,10 @@ class Scorer:
     """A vLLM engine in an actor: a batch of pairs in, its labels in the store, what was done out."""
 
     def __init__(self, folder: str, name: str, store: Store, cfg: Score):
-        os.environ |= _threads(cfg) | {"VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        os.environ |= _threads(cfg) | {
+            "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
         from vllm import LLM
 
         self.labels = Labels(store, name)
@@ -99,7 +105,12 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
             done = {name: done[name] + row[name] for name in done}
             _say(done, wanted["missing"], time.monotonic() - began)
     teacher.labels.merge()
-    return {"teacher": teacher.name, "pairs": wanted["pairs"], "scored": done["pairs"], "scores": teacher.labels.stats()}
+    return {
+        "teacher": teacher.name,
+        "pairs": wanted["pairs"],
+        "scored": done["pairs"],
+        "scores": teacher.labels.stats(),
+    }
 
 
 def engine_version() -> str:
@@ -131,7 +142,7 @@ def _wanted(part: int, recipe: Recipe, store: Store) -> dict[str, int]:
 
 
 def _missing(part: int, recipe: Recipe, store: Store) -> pa.Table:
-    """The pairs of one part that have no label, one query's documents together so that their common start is computed once."""
+    """The pairs of one part that have no label, one query's documents together: their common start is computed once."""
     teacher = Teacher.of(recipe, store)
     keyed = [pair for group in store.read("groups", part=part).to_pylist() for pair in teacher.keyed(group)]
     keyed = [keyed[place] for place in teacher.labels.missing([key for key, _, _ in keyed])]

@@ -1,6 +1,6 @@
 """Ray Train around `disranker.fit`: one run has one name, so the same command goes on where a dead one stopped.
 
-A run keeps under `runs/<stage>-<fingerprint>/` the model that it starts from, Ray Train's checkpoints, and the final model.
+A run keeps under `runs/<stage>-<fingerprint>/` the model it starts from, Ray Train's checkpoints, the final model.
 """
 
 import json
@@ -34,7 +34,7 @@ SAY_EVERY_S = 10.0
 
 
 def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]:
-    """Trains the stage of `step` from the model in `start`, puts the result where the stage writes; returns its counts."""
+    """Trains the stage of `step` from the model in `start`, puts the result where the stage writes; gives counts."""
     stage, cfg = step.stage.name, getattr(recipe, step.stage.name)
     name = f"{stage}-{step.fingerprint}"
     _check(cfg, stage)
@@ -74,7 +74,9 @@ def train(settings: dict[str, Any]) -> None:
     tokens = Tokens.load(start)
     task: Task = job.task(recipe, store, tokens)
     model = prepare_model(job.model(start, tokens, recipe.seed))
-    planned = fit.steps(task, cfg, recipe.seed, ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size())
+    planned = fit.steps(
+        task, cfg, recipe.seed, ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    )
     state = _restored()
     history = _steps(model, task, planned, cfg, state, stage)
     if ray.train.get_context().get_world_rank() == 0:
@@ -85,7 +87,9 @@ def train(settings: dict[str, Any]) -> None:
 
 def groups(store: Store) -> dict[str, list[dict[str, Any]]]:
     """The training and validation lists, in the order of parts, so that a seed decides what a run sees."""
-    return {split: store.read("groups", where=pc.field("split") == split).to_pylist() for split in ("train", "validation")}
+    return {
+        split: store.read("groups", where=pc.field("split") == split).to_pylist() for split in ("train", "validation")
+    }
 
 
 def texts(store: Store) -> Iterator[str]:
@@ -95,7 +99,9 @@ def texts(store: Store) -> Iterator[str]:
         yield from (row["title"], row["summary"])
 
 
-def _steps(model: Any, task: Task, planned: list[list[int]], cfg: Training, state: dict[str, Any] | None, stage: str) -> dict[str, Any]:
+def _steps(
+    model: Any, task: Task, planned: list[list[int]], cfg: Training, state: dict[str, Any] | None, stage: str
+) -> dict[str, Any]:
     losses: list[list[float]] = state["losses"] if state else []
     tokens, began, said = 0, time.monotonic(), 0.0
     first = ray.train.get_context().get_world_rank() == 0
@@ -108,13 +114,22 @@ def _steps(model: Any, task: Task, planned: list[list[int]], cfg: Training, stat
             _say(stage, progress, losses, tokens / elapsed, elapsed, len(planned) - (state["step"] if state else 0))
         if progress.step % cfg.checkpoint_every_steps == 0 and progress.step < progress.steps:
             _checkpoint(snapshot() | {"losses": losses}, first)
-    return {"steps": len(planned), "tokens_per_second": round(tokens / max(1e-9, time.monotonic() - began)), "losses": _thinned(losses)}
+    return {
+        "steps": len(planned),
+        "tokens_per_second": round(tokens / max(1e-9, time.monotonic() - began)),
+        "losses": _thinned(losses),
+    }
 
 
-def _say(stage: str, progress: fit.Progress, losses: list[list[float]], speed: float, elapsed: float, steps: int) -> None:
+def _say(
+    stage: str, progress: fit.Progress, losses: list[list[float]], speed: float, elapsed: float, steps: int
+) -> None:
     recent = [loss for _, loss in losses[-20:]]
     left = elapsed / max(1, progress.step - (progress.steps - steps)) * (progress.steps - progress.step)
-    say(f"{stage}: step {progress.step}/{progress.steps}, loss {sum(recent) / len(recent):.4f}, {speed:.0f} tokens/s, {left:.0f} s left")
+    say(
+        f"{stage}: step {progress.step}/{progress.steps}, loss {sum(recent) / len(recent):.4f}, "
+        f"{speed:.0f} tokens/s, {left:.0f} s left"
+    )
 
 
 def _checkpoint(state: dict[str, Any], first: bool) -> None:
@@ -138,7 +153,9 @@ def _restored() -> dict[str, Any] | None:
 def _save(model: Any, tokens: Tokens, start: str, measured: dict[str, Any], store: Store, run: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher.save(fit.plain(model), tokens, start, folder)
-        finite = {name: value for name, value in measured.items() if not isinstance(value, float) or math.isfinite(value)}
+        finite = {
+            name: value for name, value in measured.items() if not isinstance(value, float) or math.isfinite(value)
+        }
         (Path(folder) / "training.json").write_text(json.dumps(finite))
         store.put_folder(folder, f"{run}/final")
 
@@ -154,6 +171,7 @@ def _check(cfg: Training, stage: str) -> None:
     for name, each in (("CPU", cfg.cpus_per_worker), ("GPU", cfg.gpus_per_worker)):
         if cfg.workers * each > have.get(name, 0):
             raise Refused(
-                f"{stage}: {cfg.workers} workers of {each} {name} need {cfg.workers * each}, the cluster has {have.get(name, 0):g}; "
+                f"{stage}: {cfg.workers} workers of {each} {name} need {cfg.workers * each}, "
+                f"the cluster has {have.get(name, 0):g}; "
                 f"lower {stage}.workers or {stage}.{name.lower()}s_per_worker"
             )

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Self
 import pydantic
 import ray.serve
 from annotated_types import Gt
-from disranker import bundle
-from disranker.engine import Engine
-from disranker.recipe import Refused
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+
+from disranker import bundle
+from disranker.engine import Engine
+from disranker.recipe import Refused
 
 Count = Annotated[int, Gt(0)]
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from test_engine import WORDS
+from transformers import PreTrainedTokenizerFast
+
 from disranker import teacher
 from disranker.contract import Tokens
 from disranker.recipe import Student, Teacher
-from test_engine import WORDS
-from transformers import PreTrainedTokenizerFast
 
 TEXTS = [" ".join(WORDS)] * 3
 TINY = Teacher(vocabulary=400, width=16, layers=2, heads=2, max_query_tokens=6, max_title_tokens=8, max_tokens=24)

@@ -11,7 +11,7 @@ TINY = {
     "ingest": {"parts": 2},
     "aggregate": {"em_rounds": 5},
     "sample": {"judged": 6, "shown": 4, "bm25": 2, "random": 2},
-    "teacher": {"vocabulary": 400, "width": 32, "layers": 1, "heads": 2},
+    "teacher": {"vocabulary": 400, "width": 32, "layers": 1, "heads": 1},
     "student": {"vocabulary": 400, "width": 32, "layers": 1, "heads": 2},
     "pretrain": {"epochs": 1, "checkpoint_every_steps": 5},
     "finetune": {"epochs": 1, "checkpoint_every_steps": 5},

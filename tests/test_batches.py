@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from disranker.batches import Group, Lists, Rows, collate, plan
 from hypothesis import given
 from hypothesis import strategies as st
+
+from disranker.batches import Group, Lists, Rows, collate, deal, plan
 
 sizes = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20)), max_size=60)
 PAIR = Group([([5, 6, 7], 2), ([8, 9, 10, 11], 1)], [1.0, 2.0])
@@ -48,6 +49,31 @@ def test_less_than_a_tenth_of_2000_lists_of_mixed_length_is_padding():
 
 def test_nothing_gives_an_empty_plan():
     assert plan([], 100, 1) == []
+
+
+def numbered(targets):
+    """A list whose rows hold their place."""
+    return Group([([place], 1) for place in range(len(targets))], [float(target) for target in targets])
+
+
+def test_a_list_of_6_is_dealt_into_2_of_3_each_over_the_whole_range():
+    found = deal(numbered([5, 0, 3, 1, 4, 2]), 3)
+    assert [hand.targets for hand in found] == [[0, 2, 4], [1, 3, 5]]
+    assert [[ids[0] for ids, _ in hand.rows] for hand in found] == [[1, 5, 4], [3, 2, 0]]
+
+
+@pytest.mark.parametrize(("size", "documents", "hands"), [(6, 100, 1), (8, 6, 1), (10, 6, 2), (30, 6, 5), (2, 1, 2)])
+def test_the_number_of_hands_is_the_nearest(size, documents, hands):
+    assert len(deal(numbered(range(size)), documents)) == hands
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 10))
+def test_each_document_is_dealt_once_with_its_target(targets, documents):
+    hands = deal(numbered(targets), documents)
+    dealt = [(ids[0], target) for hand in hands for (ids, _), target in zip(hand.rows, hand.targets, strict=True)]
+    assert sorted(dealt) == [(place, float(target)) for place, target in enumerate(targets)]
+    sizes = [len(hand.rows) for hand in hands]
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
 
 
 def test_rows_are_padded_on_the_right_with_the_document_in_segment_1():

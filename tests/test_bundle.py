@@ -3,11 +3,12 @@ import json
 import shutil
 
 import pytest
+from test_engine import save_student, some_pairs
+
 from disranker import bundle
 from disranker.contract import Contract
 from disranker.engine import Engine
 from disranker.recipe import Refused
-from test_engine import save_student, some_pairs
 
 INTERVAL = {"value": 0.81234, "low": 0.79, "high": 0.83}
 REPORT = {"queries": 300, "runs": {"bm25": {"mrr@10": {"value": 0.5}}, "student": {"ndcg@10": INTERVAL}}, "pairs": []}

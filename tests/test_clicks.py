@@ -1,6 +1,7 @@
 import numpy as np
 import polars as pl
 import pytest
+
 from disranker import clicks, tables
 
 EXAMINED = [1 / rank**0.7 for rank in range(1, 11)]

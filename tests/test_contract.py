@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 from builders import TINY, TINY_STUDENT, respecial, save_decoder
-from disranker.contract import Contract, Tokens, file_digest
-from disranker.recipe import Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_engine import WORDS, save_student
+
+from disranker.contract import Contract, Tokens, file_digest
+from disranker.recipe import Refused
 
 FORMS = {"decoder": TINY, "encoder": TINY_STUDENT}
 words = st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join)

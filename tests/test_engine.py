@@ -2,13 +2,14 @@ import random
 
 import pytest
 import torch
-from disranker.contract import Tokens
-from disranker.engine import Engine, cut
-from disranker.recipe import Refused, Student
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+
+from disranker.contract import Tokens
+from disranker.engine import Engine, cut
+from disranker.recipe import Refused, Student
 
 WORDS = [
     "red",

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
 from disranker import fit
 from disranker.batches import Rows
 from disranker.recipe import Refused, Training
-from torch import nn
 
 CFG = Training(epochs=2, lr=0.05, warmup_share=0.25, tokens_per_batch=8, clip_norm=1.0)
 

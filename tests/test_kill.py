@@ -46,6 +46,7 @@ def copy_without(store: Store, folder: Path, *artefacts: str) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_ingest_killed_and_run_again_leaves_the_tables_of_an_undisturbed_run(tiny, tiny_run, tmp_path):
     names = ("documents", "judgments", "searches", "rejects")
     root = copy_without(tiny_run, tmp_path, *names)
@@ -62,6 +63,7 @@ def test_ingest_killed_and_run_again_leaves_the_tables_of_an_undisturbed_run(tin
         assert not list((root / name).glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twice(tiny, tiny_run, tmp_path):
     root = copy_without(tiny_run, tmp_path, "labels")
     content = tiny | {"root": str(root)}
@@ -75,6 +77,7 @@ def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twic
     assert mine == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_training_killed_after_a_checkpoint_ends_with_the_weights_of_an_undisturbed_run(tiny, tiny_run, tmp_path):
     from safetensors.torch import load_file
 

@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from disranker import labels
 from disranker.contract import Contract
 from disranker.labels import Labels
 from disranker.store import Store
-from hypothesis import given
-from hypothesis import strategies as st
 
 CONTRACT = Contract(
     form="decoder", tokenizer="t", pad=0, open=1, close=2, max_query_tokens=4, max_title_tokens=4, max_tokens=16

@@ -28,7 +28,9 @@ def imports(path: Path) -> set[str]:
 def test_platform_is_a_source_folder_and_no_package():
     """An `__init__.py` there would hide Python's own `platform`."""
     assert not (ROOT / "platform" / "__init__.py").exists()
-    run = subprocess.run([sys.executable, "-c", "import platform; print(platform.machine())"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", "import platform; print(platform.machine())"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0
     assert run.stdout.strip()
 
@@ -54,9 +56,11 @@ def test_importing_any_module_does_nothing(tmp_path):
         "import ray\n"
         "assert not ray.is_initialized()\n"
         "changed = {k for k in os.environ if os.environ[k] != before[0].get(k)}\n"
-        "print(sorted(k for k in changed if not k.startswith(('KMP_', 'RAY_', 'TORCH', 'PYTORCH'))))\n"
+        "print(sorted(k for k in changed if not k.startswith(('KMP_', 'RAY_', 'TORCH', 'PYTORCH', '_RJEM'))))\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "[]\n"
     assert not list(tmp_path.iterdir())
@@ -91,7 +95,13 @@ def test_the_jobs_targets_and_recipes_that_a_page_names_exist(page):
 def test_every_job_answers_to_help():
     names = ["pipeline", "demo", "ingest"]
     for name in names:
-        run = subprocess.run([sys.executable, "-m", f"jobs.{name}", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", f"jobs.{name}", "--help"],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
         assert run.returncode == 0, run.stderr
         assert "--recipe" in run.stdout
 

@@ -4,10 +4,11 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 import pytest
-from disranker import logs
-from disranker.recipe import Refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from disranker import logs
+from disranker.recipe import Refused
 
 SEARCH = {
     "query_id": "q1",
@@ -222,6 +223,7 @@ def test_half_a_character_becomes_a_replacement_and_a_whole_one_stays():
         "no event"
     )
     assert logs.parsed(rb'["\uD83D \ud83d\ude00"]') == ["\ufffd \U0001f600"]
+    assert logs.parsed(rb'["\uDE00"]') == ["\ufffd"]
     assert logs.parsed(b'\xef\xbb\xbf["bom"]') == ["bom"]
 
 
@@ -292,6 +294,11 @@ def test_the_second_page_starts_at_position_11():
     pages = [SEARCH, SEARCH | {"query_id": "q2", "query_attributes": {"start": 10}}]
     hits, _, _ = joined(pages, [event("c", query_id="q2")])
     assert hits["q2"] == [hit("a", 11), hit("b", 12), hit("c", 13, True)] and hits["q1"][2] == hit("c", 3)
+
+
+def test_attributes_without_a_start_mean_the_first_page_and_numbers_are_ids():
+    hits, _, _ = joined([SEARCH | {"query_attributes": {}, "query_response_hit_ids": [7, "b"]}], [event(7)])
+    assert hits["q1"] == [hit("7", 1, True), hit("b", 2)]
 
 
 def test_a_document_twice_on_a_page_stands_at_its_first_position():

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
-from disranker import losses
 from hypothesis import given
 from hypothesis import strategies as st
+
+from disranker import losses
 
 LOSSES = {
     "margin": lambda s, t, real: losses.margin(s, t, real, 0.7),

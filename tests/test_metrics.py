@@ -4,11 +4,12 @@ import time
 import numpy as np
 import pytest
 import pytrec_eval
-from disranker import metrics
-from disranker.recipe import Evaluate
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
+
+from disranker import metrics
+from disranker.recipe import Evaluate
 
 CFG = Evaluate(resamples=500)
 GRADES = {"d1": 3, "d2": 0, "d3": 2, "d4": 1}

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from disranker import recipe
-from disranker.recipe import Refused
 from hypothesis import given
 from hypothesis import strategies as st
+
+from disranker import recipe
+from disranker.recipe import Refused
 
 
 def refusal(content):
@@ -78,8 +79,8 @@ def test_a_recipe_without_root_is_refused():
     [
         ({"data": {"queries": ["q"], "events": ["e"]}}, "data: queries, events and documents belong together"),
         ({"data": {"judgments": ["j"]}}, "data: queries, events and documents belong together"),
-        ({"teacher": {"heads": 3}}, "teacher: heads 3 does not divide width 128"),
-        ({"student": {"heads": 5}}, "student: heads 5 does not divide width 128"),
+        ({"teacher": {"heads": 3, "width": 128}}, "teacher: heads 3 does not divide width 128"),
+        ({"student": {"heads": 5, "width": 128}}, "student: heads 5 does not divide width 128"),
         ({"teacher": {"max_tokens": 43}}, "teacher: max_tokens must leave room"),
         ({"distill": {"alpha": 0, "beta": 0}}, "distill: alpha and beta are both 0"),
         ({"aggregate": {"validation_share": 0.5, "test_share": 0.5}}, "leave no query to train on"),

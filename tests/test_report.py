@@ -3,6 +3,7 @@ import re
 
 import numpy as np
 import pytest
+
 from disranker import report
 from disranker.metrics import METRICS
 from disranker.recipe import Evaluate, Publish, Refused

@@ -2,6 +2,7 @@ import math
 import pickle
 
 import pytest
+
 from disranker.retrieval import BM25
 
 TEXTS = {"d2": "red shoe", "d1": "Red SHOE", "d3": "red red coat", "d4": "blue coat of wool", "d5": ""}

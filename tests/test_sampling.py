@@ -3,10 +3,11 @@ import sys
 from collections import Counter
 
 import pytest
-from disranker import sampling
-from disranker.recipe import Aggregate, Sample
 from hypothesis import given
 from hypothesis import strategies as st
+
+from disranker import sampling
+from disranker.recipe import Aggregate, Sample
 
 CFG = Sample(judged=2, shown=2, bm25=2, random=2)
 CATALOGUE = [f"d{n}" for n in range(50)]

@@ -8,11 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from test_engine import save_student, some_pairs
+
 from disranker import bundle
 from disranker.engine import Engine
 from disranker.recipe import Refused
-from test_engine import save_student, some_pairs
-
 from serve.app import Request, Reranker, Settings, _sigmoid, build, serve_here
 
 SECRET = "zebrafish"  # in a query: no log may have it

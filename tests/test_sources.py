@@ -4,6 +4,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from disranker import sources
 from disranker.recipe import Refused
 
@@ -140,6 +141,11 @@ def test_a_bad_judgment_is_a_reject_with_its_reason(tmp_path, changed, reason):
 def test_grades_0_and_10_are_taken(tmp_path, grade):
     good, refused = sources.judgments([written(tmp_path / "j.parquet", [judgment(grade=grade)])])
     assert good["grade"].to_list() == [grade] and refused == []
+
+
+def test_what_is_accepted_carries_no_raw_text(tmp_path):
+    block = next(sources.documents(written(tmp_path / "d.jsonl", DOCUMENTS), 1))
+    assert [raw is None for raw in block["raw"].to_pylist()] == [True, True, True, False, False]
 
 
 def test_no_files_give_no_judgments_of_the_same_columns():

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+
 from disranker import recipe, stages
 from disranker.recipe import Refused
 from disranker.store import Store
@@ -51,11 +52,11 @@ def test_10_stages_with_10_fingerprints_that_stay_the_same():
         ({"aggregate": {"em_rounds": 3}}, "aggregate"),
         ({"sample": {"random": 1}}, "sample"),
         ({"pretrain": {"epochs": 3}}, "pretrain"),
-        ({"teacher": {"layers": 2}}, "pretrain"),
+        ({"teacher": {"layers": 9}}, "pretrain"),
         ({"finetune": {"workers": 3}}, "finetune"),
         ({"score": {"dtype": "bfloat16"}}, "score"),
         ({"distill": {"beta": 0.5}}, "distill"),
-        ({"student": {"layers": 2}}, "distill"),
+        ({"student": {"layers": 9}}, "distill"),
         ({"evaluate": {"resamples": 100}}, "evaluate"),
         ({"publish": {"beat_bm25": False}}, "publish"),
         ({"seed": 2}, "generate"),
@@ -176,7 +177,10 @@ def test_a_stage_has_to_run_until_all_it_writes_is_there(at):
     ("changed", "reason"),
     [
         ({"distill": {"beta": 0.5}}, "distill.beta 1.0 -> 0.5"),
-        ({"distill": {"beta": 0.5}, "student": {"layers": 2}}, "student.layers 3 -> 2, distill.beta 1.0 -> 0.5"),
+        (
+            {"distill": {"beta": 0.5}, "student": {"take": "last"}},
+            "student.take first -> last, distill.beta 1.0 -> 0.5",
+        ),
         ({"score": {"dtype": "bfloat16"}}, "labels made anew"),
         ({"seed": 2}, "documents made anew, groups made anew, labels made anew"),
     ],

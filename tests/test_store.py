@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pytest
 from builders import Dies
+
 from disranker import store
 from disranker.recipe import Refused
 from disranker.store import Store

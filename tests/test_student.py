@@ -1,13 +1,14 @@
 import pytest
 import torch
 from builders import TEXTS, TINY_STUDENT, doc, save_decoder
+from test_engine import save_student
+from transformers import AutoConfig, BertForSequenceClassification
+
 from disranker import losses, student
 from disranker.batches import Rows
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused, Student
-from disranker.teacher import raw_scores
-from test_engine import save_student
-from transformers import AutoConfig, BertForSequenceClassification
+from disranker.teacher import raw_scores, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,15 @@ def distillation(tokens, scores=((2.0, 6.0, 4.0),), validation=(), **settings):
 def test_teacher_scores_of_2_6_4_become_minus_1_1_0_by_a_mean_of_4_and_a_deviation_of_2(tokens):
     assert student.standardised([2.0, 6.0, 4.0], 4.0, 2.0) == [-1, 1, 0]
     task = distillation(tokens)
-    assert task.batch([0]).targets.tolist() == [[-1, 1, 0]] and task.sizes == [(3, 6)]
+    batch = task.batch([0])
+    assert sorted(batch.targets[0].tolist()) == [-1, 0, 1] and task.sizes == [(3, 6)]
+    longest = batch.rows.real.sum(1).argmax().item()  # b, of the highest score, has the longest title
+    assert batch.targets[0, longest] == 1
+
+
+def test_a_list_of_3_is_dealt_into_3_of_1_for_training_and_stays_whole_for_validation(tokens):
+    task = distillation(tokens, validation=((2.0, 6.0, 4.0),), documents_per_list=1)
+    assert [rows for rows, _ in task.sizes] == [1, 1, 1] and len(task._validation) == 1
 
 
 @pytest.mark.parametrize("deviation", [0.0, float("nan"), -1.0])
@@ -148,7 +157,7 @@ def test_the_loss_is_alpha_point_plus_beta_margin(model, tokens, alpha, beta):
 
 def test_agreement_is_1_with_ones_own_scores_and_0_with_them_turned_round(model, tokens):
     with torch.no_grad():
-        own = raw_scores(model, distillation(tokens).batch([0]).rows, "encoder").tolist()
+        own = raw_scores(model, Rows.padded(rows_of("red", GROUP["docs"], tokens), 0), "encoder").tolist()
     turned = [-score for score in own]
     found = [distillation(tokens, validation=[of]).validate(model) for of in (own, turned)]
     assert found == [{"teacher_pair_accuracy": 1.0}, {"teacher_pair_accuracy": 0.0}]

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from disranker import tables
-from disranker.recipe import Refused
 from hypothesis import given
 from hypothesis import strategies as st
+
+from disranker import tables
+from disranker.recipe import Refused
 
 ROW = {"key": "ab", "score": 0.5}
 

@@ -1,15 +1,18 @@
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import TINY, doc, save_decoder
+from test_engine import WORDS, save_student
+from transformers import AutoConfig, AutoModelForCausalLM, BertModel
+
 from disranker import losses, teacher
 from disranker.batches import Group, Rows, collate
 from disranker.contract import Tokens
 from disranker.recipe import Finetune, Refused
-from test_engine import WORDS, save_student
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,8 @@ def test_a_random_document_keeps_a_grade_and_evidence_that_it_has():
 
 def test_a_document_that_was_never_shown_has_no_evidence_even_where_0_impressions_are_enough():
     docs = [doc("a"), doc("b", attractiveness=0.5, impressions=1)]
-    assert teacher.targets(docs, Finetune(labels="evidence", min_impressions=0)) == [None, 0.5]
+    docs.append(doc("c", source="random"))
+    assert teacher.targets(docs, Finetune(labels="evidence", min_impressions=0)) == [None, 0.5, 0]
 
 
 # Models
@@ -87,6 +91,7 @@ def test_a_decoder_from_nothing_has_2_layers_a_vocabulary_and_no_secret_of_chanc
     )
     config = AutoModelForCausalLM.from_pretrained(folder).config
     assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (2, 16, 24)
+    assert config.intermediate_size == 48 and config.tie_word_embeddings
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
 
 
@@ -135,6 +140,14 @@ def test_a_saved_scorer_is_loaded_with_contract_and_the_same_scores(scorer, toke
         assert torch.equal(teacher.raw_scores(again, rows, "decoder"), teacher.raw_scores(scorer, rows, "decoder"))
 
 
+def test_a_tokenizer_file_laid_out_in_another_way_is_saved_byte_by_byte(scorer, folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    file = base / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))
+    teacher.save(scorer, Tokens.agree(base, "decoder", TINY), base, tmp_path / "saved")
+    assert Tokens.load(tmp_path / "saved").contract.form == "decoder"
+
+
 def test_a_copied_base_has_the_same_weights_and_a_tokenizer_to_agree_on(folder, tmp_path):
     teacher.copy(str(folder), tmp_path, "decoder")
     one, two = (teacher.language_model(path).state_dict() for path in (folder, tmp_path))
@@ -150,6 +163,13 @@ def test_a_copied_encoder_has_one_score(tmp_path):
     model = teacher.scorer(tmp_path / "copy", tokens, 1)
     rows = Rows.padded(tokens.prompts(["red"], ["shoe"], [""]), 0)
     assert teacher.raw_scores(model, rows, "encoder").shape == (1,)
+
+
+def test_a_copied_encoder_without_a_head_gets_one_of_one_score(tmp_path):
+    save_student(tmp_path / "base", num_labels=2)
+    BertModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base")
+    teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder")
+    assert AutoConfig.from_pretrained(tmp_path / "copy").num_labels == 1
 
 
 def test_the_form_of_a_base_is_told_by_its_config(folder, tmp_path):
@@ -208,7 +228,8 @@ def test_lists_with_2_different_targets_are_learned_from_and_documents_without_o
     equal = [doc("a", grade=1), doc("b", grade=1)]
     task = teacher.Ranking([group(), group(docs=equal), group(docs=[doc("a")])], [], tokens, Finetune())
     batch = task.batch([0])
-    assert len(task.sizes) == 1 and batch.targets.tolist() == [[3, 0, 0]] and batch.real.all()
+    assert teacher.Ranking([group(docs=equal)], [], tokens, Finetune(labels="grades")).sizes == []
+    assert len(task.sizes) == 1 and sorted(batch.targets[0].tolist()) == [0, 0, 3] and batch.real.all()
     assert task.sizes[0] == (3, batch.rows.ids.shape[1])
     assert math.isnan(task.validate(torch.nn.Linear(1, 1))["pair_accuracy"])
 

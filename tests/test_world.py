@@ -12,9 +12,10 @@ import bm25s
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import fs as pafs
+
 from disranker import vocabulary, world
 from disranker.recipe import Refused, World
-from pyarrow import fs as pafs
 
 SMALL = World(documents=1500, queries=300, judged=150, searches=12_000, shards=3)
 SEED = 7

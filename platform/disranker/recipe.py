@@ -67,6 +67,7 @@ class Aggregate(Settings):
 class Sample(Settings):
     """Candidates for each query: graded ones, shown ones, first by BM25, random ones; each document once."""
 
+    share_of_ungraded: Share = 1.0  # of the training queries that nobody graded; graded ones are all taken
     judged: Amount = 10  # graded documents in a training list; a test list holds all of them and nothing else
     shown: Amount = 10  # seen by shoppers, most impressions first
     bm25: Amount = 6  # first by BM25, shown or not
@@ -79,9 +80,9 @@ class Model(Settings):
 
     base: str = "scratch"  # or a folder or hub name
     vocabulary: Count = 1000
-    width: Count = 128
-    layers: Count = 3
-    heads: Count = 4
+    width: Count = 96
+    layers: Count = 2
+    heads: Count = 3
     max_query_tokens: Count = 16
     max_title_tokens: Count = 24
     max_tokens: Count = 64  # query, title, summary and special tokens together; the summary gives way first
@@ -97,6 +98,15 @@ class Model(Settings):
 
 class Teacher(Model):
     """A decoder, or a sequence-classification encoder."""
+
+    @pydantic.model_validator(mode="after")
+    def _runs_on_vllm(self) -> Self:
+        if self.base == "scratch" and self.width // self.heads % 32:
+            raise ValueError(
+                f"width {self.width} over heads {self.heads} is {self.width // self.heads} a head; "
+                "vLLM's attention on CPUs needs a multiple of 32"
+            )
+        return self
 
 
 class Student(Model):
@@ -115,18 +125,19 @@ class Training(Settings):
     clip_norm: Positive = 1.0
     tokens_per_batch: Count = 2048  # of one worker
     checkpoint_every_steps: Count = 100
-    workers: Count = 2  # data parallel
+    workers: Count = 1  # data parallel
     cpus_per_worker: Count = 1
     gpus_per_worker: Amount = 0
 
 
 class Pretrain(Training):
-    epochs: Count = 6
+    epochs: Count = 4
     lr: Positive = 2e-3
 
 
 class Finetune(Training):
     epochs: Count = 3
+    documents_per_list: Count = 6  # a longer list is dealt into several, each over the whole range of targets
     labels: Literal["grades", "evidence", "grades_then_evidence"] = "grades_then_evidence"
     loss: Literal["margin", "ranknet", "listwise", "pointwise"] = "ranknet"
     margin: Positive = 0.5
@@ -144,7 +155,9 @@ class Score(Settings):
 
 
 class Distill(Training):
-    epochs: Count = 3
+    epochs: Count = 4
+    lr: Positive = 5e-4  # a small BERT from nothing stays on its plateau with much more
+    documents_per_list: Count = 6  # as in finetune
     alpha: Annotated[float, Ge(0)] = 1.0  # weight of Point-MSE
     beta: Annotated[float, Ge(0)] = 1.0  # weight of Margin-MSE
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from disranker import losses
-from disranker.batches import Group, Lists, collate
+from disranker.batches import Group, Lists, collate, deal
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused
 from disranker.recipe import Student as StudentSettings
@@ -31,10 +31,10 @@ def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed
         num_hidden_layers=cfg.layers,
         num_attention_heads=cfg.heads,
         max_position_embeddings=cfg.max_tokens,
-        num_labels=1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 1
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
@@ -106,6 +106,7 @@ class Distillation:
             [Group(rows_of(g["query"], g["docs"], tokens), standardised(s, mean, deviation)) for g, s in pairs]
             for pairs in (train, validation)
         )
+        self._train = [hand for group in self._train for hand in deal(group, cfg.documents_per_list)]
         self.sizes = [group.size for group in self._train]
 
     def batch(self, places: list[int]) -> Lists:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from disranker import losses
-from disranker.batches import Group, Lists, Rows, collate
+from disranker.batches import Group, Lists, Rows, collate, deal
 from disranker.contract import Tokens
 from disranker.recipe import Finetune, Refused
 from disranker.recipe import Teacher as TeacherSettings
@@ -171,7 +171,7 @@ class Ranking:
         self, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune
     ):
         self._pad, self._form, self._cfg = tokens.contract.pad, tokens.contract.form, cfg
-        self._train = _lists(train, tokens, cfg)
+        self._train = [hand for group in _lists(train, tokens, cfg) for hand in deal(group, cfg.documents_per_list)]
         self._validation = _lists(validation, tokens, cfg)
         self.sizes = [group.size for group in self._train]
 
