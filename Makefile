@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make bench
+# make demo · make test · make lint · make clean
 PYTHON ?= python3.11
 VENV ?= .venv
 EXTRA ?= cpu
@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,9 +29,6 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
-
-bench: setup
-	$(BIN)/python -m bench.stages --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

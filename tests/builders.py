@@ -10,7 +10,7 @@ from disranker.contract import Tokens
 from disranker.recipe import Student, Teacher
 
 TEXTS = [" ".join(WORDS)] * 3
-TINY = Teacher(vocabulary=400, width=16, layers=2, heads=2, max_query_tokens=6, max_title_tokens=8, max_tokens=24)
+TINY = Teacher(vocabulary=400, width=32, layers=2, heads=1, max_query_tokens=6, max_title_tokens=8, max_tokens=24)
 TINY_STUDENT = Student(
     vocabulary=120, width=16, layers=2, heads=2, max_query_tokens=6, max_title_tokens=8, max_tokens=24
 )

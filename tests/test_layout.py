@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = [path for folder in ("platform", "jobs", "serve", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
+CODE = [path for folder in ("platform", "jobs", "serve") for path in sorted((ROOT / folder).rglob("*.py"))]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_IN_PLATFORM = {"ray", "vllm", "fastapi", "starlette", "uvicorn", "httpx", "requests", "aiohttp"}
 
@@ -40,7 +40,7 @@ def test_platform_knows_no_ray_no_vllm_and_no_http(path):
     assert not imports(path) & NOT_IN_PLATFORM
 
 
-@pytest.mark.parametrize("folder", ["jobs", "serve", "bench", "tests", "platform/disranker"])
+@pytest.mark.parametrize("folder", ["jobs", "serve", "tests", "platform/disranker"])
 def test_no_file_hides_a_standard_module(folder):
     assert not {path.stem for path in (ROOT / folder).glob("*.py")} & set(sys.stdlib_module_names) - {"__init__"}
 
@@ -120,3 +120,10 @@ def test_no_tracked_file_is_larger_than_1_mb():
         pytest.skip("not a git checkout: nothing is tracked")
     files = [ROOT / name for name in run.stdout.split("\0") if name]
     assert not [path.name for path in files if path.exists() and path.stat().st_size > 1_000_000]
+
+
+def test_cluster_yaml_fits_rays_own_schema():
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text())))

@@ -20,7 +20,7 @@ def refusal(content):
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("root: runs/1\nseed: 7\nteacher:\n  width: 64\n")
+    path.write_text("root: runs/1\nseed: 7\nteacher:\n  vocabulary: 640\n")
     return path
 
 
@@ -82,6 +82,7 @@ def test_a_recipe_without_root_is_refused():
         ({"teacher": {"heads": 3, "width": 128}}, "teacher: heads 3 does not divide width 128"),
         ({"student": {"heads": 5, "width": 128}}, "student: heads 5 does not divide width 128"),
         ({"teacher": {"max_tokens": 43}}, "teacher: max_tokens must leave room"),
+        ({"teacher": {"heads": 4, "width": 64}}, "teacher: width 64 over heads 4 is 16 a head"),
         ({"distill": {"alpha": 0, "beta": 0}}, "distill: alpha and beta are both 0"),
         ({"aggregate": {"validation_share": 0.5, "test_share": 0.5}}, "leave no query to train on"),
         ({"aggregate": {"head_share": 0.6, "torso_share": 0.5}}, "head_share and torso_share exceed 1"),
@@ -105,6 +106,8 @@ def test_settings_that_contradict_each_other_are_refused(content, message):
         {"data": {"queries": ["q"], "events": ["e"], "documents": ["d"]}},
         {"data": {"queries": ["q"], "events": ["e"], "documents": ["d"], "judgments": ["j"]}},
         {"teacher": {"max_tokens": 44}},
+        {"teacher": {"heads": 2, "width": 64}},
+        {"teacher": {"heads": 4, "width": 64, "base": "a/decoder"}},
         {"distill": {"alpha": 0}},
         {"aggregate": {"validation_share": 0.4, "test_share": 0.5}},
         {"aggregate": {"head_share": 0.5, "torso_share": 0.5}},
@@ -121,7 +124,7 @@ def test_settings_on_the_very_limit_are_taken(content):
     [
         ("distill.lr=1e-3", "distill", "lr", 0.001),
         ("distill.lr=2", "distill", "lr", 2.0),
-        ("teacher.width=32", "teacher", "width", 32),
+        ("teacher.vocabulary=320", "teacher", "vocabulary", 320),
         ("student.take=last", "student", "take", "last"),
         ("aggregate.em_rounds=5", "aggregate", "em_rounds", 5),
         (" teacher.base =s3://a/b=c", "teacher", "base", "s3://a/b=c"),
@@ -132,7 +135,7 @@ def test_an_override_sets_one_value_and_leaves_the_others(file, override, sectio
     found = recipe.load(file, [override])
     assert getattr(getattr(found, section), key) == value
     assert (found.root, found.seed) == ("runs/1", 7)
-    assert found.teacher.width == (32 if "width" in override else 64)
+    assert found.teacher.vocabulary == (320 if "vocabulary" in override else 640)
 
 
 def test_an_override_fills_a_section_that_stands_empty(tmp_path):

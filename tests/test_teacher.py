@@ -90,8 +90,8 @@ def test_a_decoder_from_nothing_has_2_layers_a_vocabulary_and_no_secret_of_chanc
         torch.equal(one[key], three[key]) for key in one
     )
     config = AutoModelForCausalLM.from_pretrained(folder).config
-    assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (2, 16, 24)
-    assert config.intermediate_size == 48 and config.tie_word_embeddings
+    assert (config.num_hidden_layers, config.hidden_size, config.max_position_embeddings) == (2, 32, 24)
+    assert config.intermediate_size == 96 and config.tie_word_embeddings
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
 
 

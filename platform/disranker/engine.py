@@ -8,6 +8,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 from disranker import bundle
+from disranker.batches import Rows
 from disranker.contract import Contract, Tokens
 from disranker.recipe import Refused
 
@@ -51,15 +52,8 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[Prompt]) -> list[float]:
-        shape = len(prompts), max(len(ids) for ids, _ in prompts)
-        input_ids = torch.full(shape, self.tokens.contract.pad)
-        segments = torch.zeros(shape, dtype=torch.long)
-        real = torch.zeros(shape, dtype=torch.long)
-        for row, (ids, of_query) in enumerate(prompts):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            segments[row, of_query : len(ids)] = 1
-            real[row, : len(ids)] = 1
-        output = self._model(input_ids=input_ids, token_type_ids=segments, attention_mask=real)
+        rows = Rows.padded(prompts, self.tokens.contract.pad)
+        output = self._model(**rows.inputs(self.tokens.contract.form))
         return cast(list[float], output.logits.squeeze(-1).tolist())
 
 
