@@ -52,17 +52,17 @@ def _searches(queries: list[str], events: list[str], count: int, store: Store) -
 
     counts = parts.total(parts.gather(lines, count, write))
     if not counts.get("searches"):
-        raise Refused(_no_search(queries, counts, store))
+        raise Refused(_no_search(queries, store))
     return counts
 
 
-def _no_search(queries: list[str], counts: dict[str, int], store: Store) -> str:
+def _no_search(queries: list[str], store: Store) -> str:
     where = f"data.queries: {queries[0]}" + (f" and {len(queries) - 1} more" if len(queries) > 1 else "")
-    if not counts.get("lines"):
+    here = pc.field("file").isin(queries)  # without a search, every line of a query file is a reject
+    reasons = store.read_files("rejects", store.written("rejects"), ["reason"], here)["reason"].to_pylist()
+    if not reasons:
         return f"{where}: the log is empty; UBI 1.3 query records, one JSON object a line, are expected"
-    refused = store.read_files("rejects", store.written("rejects"), ["reason"], pc.field("file") == queries[0])
-    reason = next(iter(logs.refusals(refused["reason"].to_pylist())), "no query records")
-    return f"{where}: not one valid query in {counts['lines']} lines, mostly: {reason}"
+    return f"{where}: not one valid query in {len(reasons)} lines, mostly: {next(iter(logs.refusals(reasons)))}"
 
 
 def _documents(files: list[str], count: int, store: Store) -> dict[str, int]:

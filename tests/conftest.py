@@ -28,6 +28,7 @@ def ray_here():
     import ray
 
     ray.init(
+        address="local",  # not a cluster that happens to run here
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

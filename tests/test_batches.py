@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker.batches import Group, Lists, Rows, collate, deal, plan
@@ -11,6 +11,7 @@ PAIR = Group([([5, 6, 7], 2), ([8, 9, 10, 11], 1)], [1.0, 2.0])
 THREE = Group([([1], 1), ([2, 3], 1), ([4, 4], 2)], [3.0, 4.0, 5.0])
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(100, 300), st.integers(0, 99))
 def test_each_item_is_in_one_batch_and_no_batch_exceeds_its_tokens(sizes, tokens, seed):
     found = plan(sizes, tokens, seed)
@@ -67,6 +68,7 @@ def test_the_number_of_hands_is_the_nearest(size, documents, hands):
     assert len(deal(numbered(range(size)), documents)) == hands
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 10))
 def test_each_document_is_dealt_once_with_its_target(targets, documents):
     hands = deal(numbered(targets), documents)

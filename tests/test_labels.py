@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker import labels
@@ -25,6 +25,7 @@ def names(at):
     return sorted(path.name for path in Path(at.store.at("labels", at.teacher)).iterdir())
 
 
+@settings(deadline=None)
 @given(ids, ids)
 def test_a_key_is_32_characters_that_the_ids_decide(one, other):
     assert (labels.key(one, "t") == labels.key(other, "t")) is (one == other)

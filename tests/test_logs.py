@@ -187,6 +187,7 @@ def test_spellings_become_one(typed, one):
     assert logs.normalise(typed) == one
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_normalising_twice_is_normalising_once(text):
     once = logs.normalise(text)

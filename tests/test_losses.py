@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker import losses
@@ -48,6 +48,7 @@ lists = st.lists(st.tuples(numbers, st.integers(0, 3)), min_size=2, max_size=5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+@settings(deadline=None)
 @given(pairs=lists)
 def test_values_and_gradients_are_those_of_the_plain_formula_also_beside_padding(loss, pairs):
     scores, grades = zip(*pairs, strict=True)
@@ -104,6 +105,7 @@ def test_values_by_hand(loss, scores, targets, expected):
     assert value(loss, scores, targets) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=7))
 def test_point_is_mean_squared_plus_variance_and_margin_2n_over_n_minus_1_of_it(pairs):
     student, teacher = zip(*pairs, strict=True)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker import recipe
@@ -200,6 +200,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values)
 def test_a_digest_is_16_characters_and_does_not_depend_on_the_order_of_keys(value):
     turned = dict(reversed(value.items())) if isinstance(value, dict) else value
@@ -214,6 +215,7 @@ def test_a_digest_is_the_same_in_another_process():
     assert told.stdout.strip() == recipe.digest(value)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_any_override_is_taken_or_refused_and_raises_nothing_else(override):
     content = {"root": "r"}

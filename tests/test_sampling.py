@@ -3,7 +3,7 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker import sampling
@@ -50,6 +50,7 @@ def test_another_seed_is_another_split():
     assert found[0] == found[2] != found[1]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 10**9))
 def test_a_uniform_number_lies_in_0_to_1_and_is_the_same_again(text, seed):
     assert 0 <= sampling.uniform(text, seed) < 1 and sampling.uniform(text, seed) == sampling.uniform(text, seed)
@@ -139,6 +140,7 @@ def test_a_catalogue_smaller_than_what_was_judged_ends_too():
     assert len(found) == 5
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(CATALOGUE), st.integers(0, 3)),
     st.dictionaries(st.sampled_from(CATALOGUE), st.integers(1, 9)),

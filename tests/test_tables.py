@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker import tables
@@ -43,6 +43,7 @@ def test_columns_in_another_order_and_more_of_them_are_enough():
     tables.require(["a", "b"], iter(["c", "b", "a"]), "x")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]))), st.integers(1, 50))
 def test_a_part_depends_on_the_key_alone(keys, parts):
     found = tables.part_of(keys, parts)

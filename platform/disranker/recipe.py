@@ -137,7 +137,7 @@ class Pretrain(Training):
 
 class Finetune(Training):
     epochs: Count = 3
-    documents_per_list: Count = 6  # a longer list is dealt into several, each over the whole range of targets
+    documents_per_list: Annotated[int, Ge(2)] = 6  # a longer list is dealt into several, each over all targets
     labels: Literal["grades", "evidence", "grades_then_evidence"] = "grades_then_evidence"
     loss: Literal["margin", "ranknet", "listwise", "pointwise"] = "ranknet"
     margin: Positive = 0.5
@@ -155,9 +155,9 @@ class Score(Settings):
 
 
 class Distill(Training):
-    epochs: Count = 4
-    lr: Positive = 5e-4  # a small BERT from nothing stays on its plateau with much more
-    documents_per_list: Count = 6  # as in finetune
+    epochs: Count = 6
+    lr: Positive = 7e-4  # a small BERT from nothing stays on its plateau with much more
+    documents_per_list: Annotated[int, Ge(2)] = 6  # as in finetune
     alpha: Annotated[float, Ge(0)] = 1.0  # weight of Point-MSE
     beta: Annotated[float, Ge(0)] = 1.0  # weight of Margin-MSE
 
