@@ -70,6 +70,11 @@ def test_the_pipeline_submitted_to_a_cluster_with_a_token_runs_to_the_end(cluste
     submit = [RAY, "job", "submit", "--address", address, "--working-dir", "."]
     submit += ["--runtime-env-json", json.dumps({"py_modules": ["platform/disranker"]})]
     job = [sys.executable, "-m", "jobs.pipeline", "--recipe", str(path)]
-    run = subprocess.run([*submit, "--", *job], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    for _ in range(30):  # the dashboard answers before the node's agent is there
+        command = [*submit, "--", *job]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        if "No available agent" not in run.stdout + run.stderr:
+            break
+        time.sleep(2)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     assert Store(str(tmp_path / "run")).finished("bundle")
