@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from disranker import sampling
@@ -44,7 +45,7 @@ class Sampler:
     def __call__(self, part: int) -> dict[str, int]:
         queries = self.store.read("queries", part=part).to_pylist()
         evidence = _by_query(self.store.read("evidence", part=part).to_pylist())
-        asked = pc.field("query").isin([row["query"] for row in queries])
+        asked = pc.field("query").isin(pa.array([row["query"] for row in queries], pa.string()))
         grades = _by_query(self.store.read("judgments", where=asked).to_pylist())
         queries = [row for row in queries if self.taken(row, row["query"] in grades)]
         groups = [self.group(row, evidence.get(row["query"], []), grades.get(row["query"], [])) for row in queries]
