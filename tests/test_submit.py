@@ -24,11 +24,12 @@ RAY = str(Path(sys.executable).with_name("ray"))
 @pytest.fixture
 def cluster(tmp_path):
     """(address, environment) of a head of its own, with a token; only what it started is ended."""
-    free = [_free_port() for _ in range(3)]
+    free = [_free_port() for _ in range(4)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={free[0]}", f"--dashboard-port={free[1]}"]
     command += ["--object-store-memory=200000000", f"--ray-client-server-port={free[2]}"]
+    command += [f"--dashboard-agent-listen-port={free[3]}"]  # its default may belong to another Ray of this machine
     log = (tmp_path / "head.log").open("w")
     head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{free[1]}"
