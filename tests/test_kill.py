@@ -19,12 +19,12 @@ from jobs import pipeline
 ROOT = Path(__file__).parents[1]
 
 
-def start(content: dict, folder: Path, *arguments: str) -> subprocess.Popen:
-    """The pipeline in a process group and on a Ray of its own."""
+def start(ray: str, content: dict, folder: Path, stage: str) -> subprocess.Popen:
+    """One stage of the pipeline in a process group of its own; `ray` is the address of a cluster, or "local"."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
-    environment = os.environ | {"RAY_ADDRESS": "local", "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
-    command = [sys.executable, "-m", "jobs.pipeline", "--recipe", str(path), *arguments]
+    environment = os.environ | {"RAY_ADDRESS": ray, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    command = [sys.executable, "-m", "jobs.pipeline", "--recipe", str(path), "--from", stage, "--until", stage]
     log = (folder / "log").open("w")
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -49,10 +49,11 @@ def copy_without(store: Store, folder: Path, *artefacts: str) -> Path:
 
 @pytest.mark.slow
 def test_ingest_killed_and_run_again_leaves_the_tables_of_an_undisturbed_run(tiny, tiny_run, tmp_path):
+    """On a laptop, where a run starts a Ray of its own."""
     names = ("documents", "judgments", "searches", "rejects")
     root = copy_without(tiny_run, tmp_path, *names)
     content = tiny | {"root": str(root)}
-    kill_when(start(content, tmp_path, "--from", "ingest", "--until", "ingest"), root, "searches/part-*.parquet")
+    kill_when(start("local", content, tmp_path, "ingest"), root, "searches/part-*.parquet")
     store = Store(str(root))
     assert all(store.finished(name) is None for name in names)
     pipeline.run(recipe.parse(content), last="ingest")
@@ -67,10 +68,10 @@ def rows(store: Store, table: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twice(tiny, tiny_run, tmp_path):
+def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twice(cluster, tiny, tiny_run, tmp_path):
     root = copy_without(tiny_run, tmp_path, "labels")
     content = tiny | {"root": str(root)}
-    kill_when(start(content, tmp_path, "--from", "score", "--until", "score"), root, "labels/*/new-*.parquet")
+    kill_when(start(cluster.address, content, tmp_path, "score"), root, "labels/*/new-*.parquet")
     store = Store(str(root))
     assert store.finished("labels") is None
     pipeline.run(recipe.parse(content), first="score", last="score")
@@ -82,11 +83,11 @@ def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twic
 
 @pytest.mark.slow
 def test_training_killed_after_a_checkpoint_takes_every_step_once_with_the_losses_of_an_undisturbed_run(
-    tiny, tiny_run, tmp_path
+    cluster, tiny, tiny_run, tmp_path
 ):
     root = copy_without(tiny_run, tmp_path, "student")
     content = tiny | {"root": str(root)}
-    process = start(content, tmp_path, "--from", "distill", "--until", "distill")
+    process = start(cluster.address, content, tmp_path, "distill")
     kill_when(process, root, "runs/distill-*/checkpoint_manager_snapshot.json")
     store = Store(str(root))
     assert store.finished("student") is None

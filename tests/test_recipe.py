@@ -88,12 +88,16 @@ def test_a_recipe_without_root_is_refused():
         ({"aggregate": {"head_share": 0.6, "torso_share": 0.5}}, "head_share and torso_share exceed 1"),
         ({"sample": {"judged": 1, "shown": 0, "bm25": 0, "random": 0}}, "fewer than the 2 documents"),
         (
-            {"finetune": {"tokens_per_batch": 1919}},
-            "finetune: tokens_per_batch 1919 cannot hold one list of 30 documents",
+            {"finetune": {"tokens_per_batch": 383}},
+            "finetune: tokens_per_batch 383 cannot hold one list of 6 documents",
         ),
-        ({"distill": {"tokens_per_batch": 1919}}, "of 64 tokens; 1920 or more can"),
-        ({"student": {"max_tokens": 200}}, "30 documents of 200 tokens; 6000 or more"),
-        ({"teacher": {"max_tokens": 200}}, "30 documents of 200 tokens; 6000 or more"),
+        ({"distill": {"tokens_per_batch": 383}}, "of 64 tokens; 384 or more can"),
+        ({"student": {"max_tokens": 400}}, "6 documents of 400 tokens; 2400 or more"),
+        ({"teacher": {"max_tokens": 400}}, "6 documents of 400 tokens; 2400 or more"),
+        (
+            {"finetune": {"documents_per_list": 99, "tokens_per_batch": 1919}},
+            "cannot hold one list of 30 documents",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(content, message):
@@ -112,7 +116,7 @@ def test_settings_that_contradict_each_other_are_refused(content, message):
         {"aggregate": {"validation_share": 0.4, "test_share": 0.5}},
         {"aggregate": {"head_share": 0.5, "torso_share": 0.5}},
         {"sample": {"judged": 1, "shown": 1, "bm25": 0, "random": 0}},
-        {"finetune": {"tokens_per_batch": 1920}, "distill": {"tokens_per_batch": 1920}},
+        {"finetune": {"tokens_per_batch": 384}, "distill": {"tokens_per_batch": 384}},
     ],
 )
 def test_settings_on_the_very_limit_are_taken(content):
@@ -136,6 +140,12 @@ def test_an_override_sets_one_value_and_leaves_the_others(file, override, sectio
     assert getattr(getattr(found, section), key) == value
     assert (found.root, found.seed) == ("runs/1", 7)
     assert found.teacher.vocabulary == (320 if "vocabulary" in override else 640)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 0.001), ("2.5E-4", 0.00025), ("1", 1.0), ("1.0e-3", 0.001)])
+def test_a_number_in_the_file_is_read_as_people_write_it(tmp_path, text, value):
+    (tmp_path / "r.yaml").write_text(f"root: r\nfinetune: {{lr: {text}}}\n")
+    assert recipe.load(tmp_path / "r.yaml").finetune.lr == value
 
 
 def test_an_override_fills_a_section_that_stands_empty(tmp_path):

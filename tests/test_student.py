@@ -8,7 +8,7 @@ from disranker import losses, student
 from disranker.batches import Rows
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused, Student
-from disranker.teacher import raw_scores, rows_of
+from disranker.teacher import raw_scores
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,12 @@ def test_teacher_scores_of_2_6_4_become_minus_1_1_0_by_a_mean_of_4_and_a_deviati
     assert batch.targets[0, longest] == 1
 
 
-def test_a_list_of_3_is_dealt_into_3_of_1_for_training_and_stays_whole_for_validation(tokens):
-    task = distillation(tokens, validation=((2.0, 6.0, 4.0),), documents_per_list=1)
-    assert [rows for rows, _ in task.sizes] == [1, 1, 1] and len(task._validation) == 1
+def test_a_list_of_4_is_dealt_into_2_of_2_for_training_and_stays_whole_for_validation(tokens):
+    four = {"query": "red", "docs": [*GROUP["docs"], doc("d", title="warm")]}
+    lists = [(four, (2.0, 6.0, 4.0, 3.0))]
+    task = student.Distillation(lists, lists, tokens, Distill(documents_per_list=2), 4.0, 2.0)
+    assert [rows for rows, _ in task.sizes] == [2, 2]
+    assert [group.size[0] for group in task._validation] == [4]
 
 
 @pytest.mark.parametrize("deviation", [0.0, float("nan"), -1.0])
@@ -157,7 +160,7 @@ def test_the_loss_is_alpha_point_plus_beta_margin(model, tokens, alpha, beta):
 
 def test_agreement_is_1_with_ones_own_scores_and_0_with_them_turned_round(model, tokens):
     with torch.no_grad():
-        own = raw_scores(model, Rows.padded(rows_of("red", GROUP["docs"], tokens), 0), "encoder").tolist()
+        own = raw_scores(model, Rows.padded(tokens.listed("red", GROUP["docs"]), 0), "encoder").tolist()
     turned = [-score for score in own]
     found = [distillation(tokens, validation=[of]).validate(model) for of in (own, turned)]
     assert found == [{"teacher_pair_accuracy": 1.0}, {"teacher_pair_accuracy": 0.0}]

@@ -1,5 +1,6 @@
 """Groups -> padded tensors by a budget of tokens. A list is never split."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -68,11 +69,11 @@ class Group(NamedTuple):
 
 
 def deal(group: Group, documents: int) -> list[Group]:
-    """A list as several of about so many documents, each spread over the whole range of targets.
+    """A list as several of at most so many documents, each spread over the whole range of targets.
 
     A batch then holds many queries instead of all documents of a few: the gradient is less noisy at the same cost.
     """
-    hands = max(1, round(len(group.rows) / documents))
+    hands = math.ceil(len(group.rows) / documents)
     ranked = sorted(range(len(group.rows)), key=lambda place: group.targets[place])
     dealt = (ranked[hand::hands] for hand in range(hands))
     return [Group([group.rows[place] for place in hand], [group.targets[place] for place in hand]) for hand in dealt]

@@ -7,12 +7,14 @@ Encoder:  [CLS] query [SEP] title summary [SEP]    segment 0 to the first [SEP],
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 from tokenizers import Tokenizer
 
 from disranker.recipe import Refused, Student, Teacher, digest
+
+Form = Literal["decoder", "encoder"]
 
 FILE = "contract.json"
 VERSION = 1  # of the templates above; a change makes old labels and checkpoints unusable, and says so
@@ -24,7 +26,7 @@ class Contract(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     version: int = VERSION
-    form: Literal["decoder", "encoder"]
+    form: Form
     tokenizer: str  # digest of tokenizer.json
     pad: int
     open: int | None  # bos of a decoder (None if it has none), [CLS] of an encoder
@@ -53,7 +55,7 @@ class Tokens:
         self._newline = tokenizer.encode("\n", add_special_tokens=False).ids if contract.form == "decoder" else []
 
     @classmethod
-    def agree(cls, folder: str | Path, form: Literal["decoder", "encoder"], limits: Teacher | Student) -> Self:
+    def agree(cls, folder: str | Path, form: Form, limits: Teacher | Student) -> Self:
         """The contract of the tokenizer in `folder` under the limits of the recipe.
 
         Raises `Refused` where the tokenizer has no token to close a text with, or pads with that very token: the last
@@ -106,6 +108,10 @@ class Tokens:
         encoded = (self._encode(texts) for texts in (queries, titles, summaries))
         return [self._pair(*fields) for fields in zip(*encoded, strict=True)]
 
+    def listed(self, query: str, docs: Sequence[dict[str, Any]]) -> list[tuple[list[int], int]]:
+        """As `prompts`, for the documents of one query: rows with `title` and `summary`."""
+        return self.prompts([query] * len(docs), [doc["title"] for doc in docs], [doc["summary"] for doc in docs])
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # A leading space gives a word the same ids at the start of a field as inside it (byte-level vocabularies).
         spaced = [f" {text}" if text else "" for text in texts] if self.contract.form == "decoder" else list(texts)
@@ -119,6 +125,22 @@ class Tokens:
         if summary:
             document = document + self._newline + summary
         return [*(prompt + document)[: c.max_tokens - 1], c.close], len(prompt)
+
+
+def form(base: str) -> Form:
+    """What kind of model lies in a folder or under a hub name. Raises `Refused` if none does."""
+    from transformers import AutoConfig
+
+    if base == "scratch":
+        return "decoder"
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"teacher.base {base}: no model there ({str(error).splitlines()[0]}); give a folder, a hub name, or scratch"
+        ) from error
+    architectures = config.architectures or []
+    return "decoder" if any("CausalLM" in name for name in architectures) else "encoder"
 
 
 def file_digest(path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -214,10 +215,12 @@ class Recipe(Settings):
         if per_list < 2:
             raise ValueError("sample: judged, shown, bm25 and random give fewer than the 2 documents a rank loss needs")
         for stage, model in (("finetune", self.teacher), ("distill", self.student)):
-            if getattr(self, stage).tokens_per_batch < per_list * model.max_tokens:
+            cfg = getattr(self, stage)
+            documents = min(per_list, cfg.documents_per_list)
+            if cfg.tokens_per_batch < documents * model.max_tokens:
                 raise ValueError(
-                    f"{stage}: tokens_per_batch {getattr(self, stage).tokens_per_batch} cannot hold one list of "
-                    f"{per_list} documents of {model.max_tokens} tokens; {per_list * model.max_tokens} or more can"
+                    f"{stage}: tokens_per_batch {cfg.tokens_per_batch} cannot hold one list of {documents} documents "
+                    f"of {model.max_tokens} tokens; {documents * model.max_tokens} or more can"
                 )
         return self
 
@@ -227,10 +230,17 @@ class Recipe(Settings):
         return not self.data.documents
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3 for a word; 1.2, and whoever writes a recipe, for a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
+
+
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in a YAML file with `a.b=value` overrides laid over it. Raises `Refused` in one line."""
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.load(Path(path).read_text(), _Loader) or {}
     except OSError as error:
         raise Refused(f"recipe {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -268,18 +278,9 @@ def _set(content: dict[str, Any], override: str) -> None:
             raise Refused(f"--set {override}: {section} is one value, not a section")
         content = inner
     try:
-        value = yaml.safe_load(text)
+        content[key] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise Refused(f"--set {override}: the value is not YAML") from error
-    content[key] = _number(text) if isinstance(value, str) else value
-
-
-def _number(text: str) -> float | str:
-    """YAML 1.1 takes 1e-3 for a word."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _explain(fault: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from disranker import store, teacher
+from disranker import contract, store
 from disranker.recipe import Recipe, Refused, digest
 
 FORMAT = 1  # of the tables; a change does every stage again
@@ -111,7 +111,7 @@ def _has(recipe: Recipe, stage: Stage) -> bool:
     if stage.name == "generate":
         return recipe.made_up
     if stage.name == "pretrain":
-        return teacher.form(recipe.teacher.base) == "decoder"
+        return contract.form(recipe.teacher.base) == "decoder"
     return True
 
 

@@ -12,7 +12,7 @@ from disranker.batches import Group, Lists, collate, deal
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused
 from disranker.recipe import Student as StudentSettings
-from disranker.teacher import pair_accuracy, raw_scores, rows_of
+from disranker.teacher import pair_accuracy, raw_scores
 
 
 def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed: int) -> None:
@@ -103,7 +103,7 @@ class Distillation:
         """train, validation: (row of `groups`, raw teacher score of each of its documents)."""
         self._pad, self._cfg = tokens.contract.pad, cfg
         self._train, self._validation = (
-            [Group(rows_of(g["query"], g["docs"], tokens), standardised(s, mean, deviation)) for g, s in pairs]
+            [Group(tokens.listed(g["query"], g["docs"]), standardised(s, mean, deviation)) for g, s in pairs]
             for pairs in (train, validation)
         )
         self._train = [hand for group in self._train for hand in deal(group, cfg.documents_per_list)]

@@ -3,38 +3,21 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from disranker import losses
 from disranker.batches import Group, Lists, Rows, collate, deal
-from disranker.contract import Tokens
-from disranker.recipe import Finetune, Refused
+from disranker.contract import Form, Tokens
+from disranker.recipe import Finetune
 from disranker.recipe import Teacher as TeacherSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Form = Literal["decoder", "encoder"]
 VALIDATION_BATCH = 32  # items scored together when validating
-
-
-def form(base: str) -> Form:
-    """What kind of model lies in a folder or under a hub name. Raises `Refused` if none does."""
-    from transformers import AutoConfig
-
-    if base == "scratch":
-        return "decoder"
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"teacher.base {base}: no model there ({str(error).splitlines()[0]}); give a folder, a hub name, or scratch"
-        ) from error
-    architectures = config.architectures or []
-    return "decoder" if any("CausalLM" in name for name in architectures) else "encoder"
 
 
 def scratch(folder: str | Path, texts: Iterable[str], cfg: TeacherSettings, seed: int) -> None:
@@ -229,13 +212,8 @@ def _lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> l
         known = [(doc, target) for doc, target in zip(group["docs"], wanted, strict=True) if target is not None]
         if len({target for _, target in known}) > 1:
             docs, values = zip(*known, strict=True)
-            found.append(Group(rows_of(group["query"], docs, tokens), list(values)))
+            found.append(Group(tokens.listed(group["query"], docs), list(values)))
     return found
-
-
-def rows_of(query: str, docs: Sequence[dict[str, Any]], tokens: Tokens) -> list[tuple[list[int], int]]:
-    """Each document of one list as (ids, how many belong to the query)."""
-    return tokens.prompts([query] * len(docs), [doc["title"] for doc in docs], [doc["summary"] for doc in docs])
 
 
 def _examples(rows: Sequence[dict[str, Any]], tokens: Tokens) -> Iterable[tuple[tuple[list[int], int], float]]:
