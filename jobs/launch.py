@@ -109,9 +109,13 @@ def execute(step: stages.Step, recipe: Recipe, store: Store) -> None:
 
 
 def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS or `ray start` offers; starts Ray on this machine if there is none."""
+    """Joins the cluster of RAY_ADDRESS, which `ray job submit` sets; without it, starts Ray on this machine.
+
+    Ray's own search would also try the address of the last Ray here, which a killed run leaves behind, for minutes.
+    """
     if not ray.is_initialized():
         ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "local",
             runtime_env={"env_vars": {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}},
             include_dashboard=True,  # on loopback; Ray Train asks it who is alive
             logging_level="warning",

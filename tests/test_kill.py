@@ -19,8 +19,8 @@ from jobs import pipeline
 ROOT = Path(__file__).parents[1]
 
 
-def start(ray: str, content: dict, folder: Path, stage: str) -> subprocess.Popen:
-    """One stage of the pipeline in a process group of its own; `ray` is the address of a cluster, or "local"."""
+def start(content: dict, folder: Path, stage: str, ray: str = "") -> subprocess.Popen:
+    """One stage of the pipeline in a process group of its own; without an address it starts a Ray of its own."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     environment = os.environ | {"RAY_ADDRESS": ray, "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
@@ -49,14 +49,15 @@ def copy_without(store: Store, folder: Path, *artefacts: str) -> Path:
 
 @pytest.mark.slow
 def test_ingest_killed_and_run_again_leaves_the_tables_of_an_undisturbed_run(tiny, tiny_run, tmp_path):
-    """On a laptop, where a run starts a Ray of its own."""
+    """On a laptop: the killed run had a Ray of its own, and its address stays behind."""
     names = ("documents", "judgments", "searches", "rejects")
     root = copy_without(tiny_run, tmp_path, *names)
     content = tiny | {"root": str(root)}
-    kill_when(start("local", content, tmp_path, "ingest"), root, "searches/part-*.parquet")
+    kill_when(start(content, tmp_path, "ingest"), root, "searches/part-*.parquet")
     store = Store(str(root))
     assert all(store.finished(name) is None for name in names)
-    pipeline.run(recipe.parse(content), last="ingest")
+    again = start(content, tmp_path, "ingest")
+    assert again.wait(timeout=180) == 0, (tmp_path / "log").read_text()
     for name in names:
         assert rows(store, name) == rows(tiny_run, name), name
         assert not list((root / name).glob("*.unfinished"))
@@ -71,7 +72,7 @@ def rows(store: Store, table: str) -> list[str]:
 def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twice(cluster, tiny, tiny_run, tmp_path):
     root = copy_without(tiny_run, tmp_path, "labels")
     content = tiny | {"root": str(root)}
-    kill_when(start(cluster.address, content, tmp_path, "score"), root, "labels/*/new-*.parquet")
+    kill_when(start(content, tmp_path, "score", cluster.address), root, "labels/*/new-*.parquet")
     store = Store(str(root))
     assert store.finished("labels") is None
     pipeline.run(recipe.parse(content), first="score", last="score")
@@ -87,7 +88,7 @@ def test_training_killed_after_a_checkpoint_takes_every_step_once_with_the_losse
 ):
     root = copy_without(tiny_run, tmp_path, "student")
     content = tiny | {"root": str(root)}
-    process = start(cluster.address, content, tmp_path, "distill")
+    process = start(content, tmp_path, "distill", cluster.address)
     kill_when(process, root, "runs/distill-*/checkpoint_manager_snapshot.json")
     store = Store(str(root))
     assert store.finished("student") is None
