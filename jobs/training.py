@@ -4,6 +4,7 @@ A run keeps under `runs/<stage>-<fingerprint>/` the model it starts from, Ray Tr
 """
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -67,6 +68,7 @@ def train(settings: dict[str, Any]) -> None:
     cfg: Training = getattr(recipe, stage)
     job = import_module(f"jobs.{stage}")
     torch.set_num_threads(cfg.cpus_per_worker)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray names some of its loggers by file: no other way to quiet them
     start = store.folder(f"{settings['run']}/start")
     tokens = Tokens.load(start)
     task: Task = job.task(recipe, store, tokens)
