@@ -16,7 +16,7 @@ from ir_measures import RR, nDCG
 
 from disranker.recipe import Evaluate
 
-Qrels = Mapping[str, Mapping[str, int]]  # query -> document -> grade, 0 to 4
+Qrels = Mapping[str, Mapping[str, int]]  # query -> document -> grade
 Run = Mapping[str, Mapping[str, float]]  # query -> document -> score, larger is better
 Array = npt.NDArray[np.float64]
 
