@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 RAY = str(Path(sys.executable).with_name("ray"))
 
+# Ray reads these once, when it is imported.
+for name in [name for name in os.environ if name.startswith("RAY_")]:
+    del os.environ[name]
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
+
 TINY = {
     "seed": 3,
     "world": {"documents": 300, "queries": 120, "judged": 100, "searches": 2000, "shards": 2},
@@ -47,21 +52,15 @@ def cluster(tmp_path_factory):
     """The one Ray of all tests; this process and its children have the token. Only what it started is ended."""
     folder = tmp_path_factory.mktemp("head")
     port, dashboard, client, agent = (_free_port() for _ in range(4))
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=400000000"]
-        command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        command += [f"--dashboard-agent-listen-port={agent}"]  # its default may belong to another Ray of this machine
-        with (folder / "log").open("w") as log:
-            head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield _ready(Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}"), folder / "log")
-        finally:
-            _end(head)
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=400000000"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    command += [f"--dashboard-agent-listen-port={agent}"]  # its default may belong to another Ray of this machine
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield _ready(Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}"), folder / "log")
+    finally:
+        _end(head)
 
 
 @pytest.fixture(scope="session")
