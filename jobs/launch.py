@@ -123,7 +123,7 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # a line a stage says more than ten bars that redraw each other
     context.print_on_execution_start = False
-    # Rows are brought together by a small number, never by a string. The default starts actors for it: 7 s each time.
+    # The default shuffle starts actors, 7 s each time; a sort of the same rows takes 1 s.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
