@@ -94,5 +94,5 @@ def test_training_killed_after_a_checkpoint_takes_every_step_once_with_the_losse
     assert store.finished("student") is None
     pipeline.run(recipe.parse(content), last="distill")
     mine, theirs = (dict(s.manifest("student")["counts"]["losses"]) for s in (store, tiny_run))
-    assert mine == pytest.approx(theirs, abs=1e-2)
+    assert mine == pytest.approx(theirs, abs=1e-3)
     assert not list((root / "runs").glob("distill-*"))
