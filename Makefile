@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make clean
+# make demo · make test · make lint · make bench · make clean
 PYTHON ?= python3.11
 VENV ?= .venv
 EXTRA ?= cpu
@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint bench clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,11 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Every measurement once, small: that it runs. For figures run the modules without --small, one at a time.
+bench: setup
+	$(BIN)/python -m bench.score --small
+	$(BIN)/python -m bench.exactly_once --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from disranker.recipe import Recipe
 from disranker.stages import Step
 from disranker.store import Store
 from jobs import launch, training
-from jobs.score import Teacher
+from jobs.score import Group, Teacher
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
@@ -35,10 +35,18 @@ def task(recipe: Recipe, store: Store, tokens: Tokens) -> student.Distillation:
     stats = store.manifest("labels")["counts"]["scores"]
     teacher = Teacher.of(recipe, store)
     groups = training.groups(store)
-    train, validation = (
-        list(zip(groups[split], teacher.scores(groups[split]), strict=True)) for split in ("train", "validation")
-    )
+    train, validation = (labelled(groups[split], teacher) for split in ("train", "validation"))
     return student.Distillation(train, validation, tokens, recipe.distill, stats["mean"], stats["deviation"])
+
+
+def labelled(groups: list[Group], teacher: Teacher) -> list[tuple[Group, list[float]]]:
+    """Lists with their scores, without documents that have none, and without lists of which fewer than two remain."""
+    found = []
+    for group, scores in zip(groups, teacher.scores(groups), strict=True):
+        pairs = [(doc, score) for doc, score in zip(group["docs"], scores, strict=True) if score is not None]
+        if len(pairs) > 1:
+            found.append((group | {"docs": [doc for doc, _ in pairs]}, [score for _, score in pairs]))
+    return found
 
 
 def model(folder: str, tokens: Tokens, seed: int) -> nn.Module:

@@ -58,6 +58,7 @@ class Judge:
                 rows += [
                     {"query": group["query"], "doc_id": doc_id, "model": model, "score": score}
                     for doc_id, score in zip(doc_ids, given, strict=True)
+                    if score is not None  # the teacher failed on it
                 ]
         self.store.write("scores", part, rows)
         return {"queries": len(groups), "scores": len(rows)}

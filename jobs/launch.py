@@ -41,7 +41,12 @@ class Failed(RuntimeError):
 
 def main(stage: str, argv: list[str] | None = None) -> int:
     """The command line of one stage."""
-    arguments = parser(f"python -m jobs.{stage}", importlib.import_module(f"jobs.{stage}").__doc__).parse_args(argv)
+    about = importlib.import_module(f"jobs.{stage}").__doc__
+    return one(stage, parser(f"python -m jobs.{stage}", about).parse_args(argv))
+
+
+def one(stage: str, arguments: argparse.Namespace) -> int:
+    """One stage, if it has to run."""
 
     def work() -> None:
         recipe = recipes.load(arguments.recipe, arguments.set)

@@ -1,8 +1,10 @@
 """Evidence and documents -> pre-training examples, and for each query its list of candidates with their texts."""
 
 import sys
+from collections import Counter
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -11,13 +13,15 @@ from disranker.recipe import Recipe, Refused
 from disranker.retrieval import BM25
 from disranker.stages import Step
 from disranker.store import Store
+from disranker.tables import BANDS
 from jobs import launch, parts
 
 Row = dict[str, Any]
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
-    said = parts.each_by(recipe.ingest.parts, Sampler, recipe, store)
+    shares = sampling.quotas(_ungraded(store), recipe.sample)
+    said = parts.each_by(recipe.ingest.parts, Sampler, recipe, store, shares)
     counts = parts.total(said)
     if not counts["train"]:
         raise Refused(
@@ -35,8 +39,8 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 class Sampler:
     """Candidates for the queries of one part; holds the catalogue and its index."""
 
-    def __init__(self, recipe: Recipe, store: Store):
-        self.cfg, self.seed, self.store = recipe.sample, recipe.seed, store
+    def __init__(self, recipe: Recipe, store: Store, shares: dict[str, float]):
+        self.cfg, self.seed, self.store, self.shares = recipe.sample, recipe.seed, store, shares
         rows = store.read("documents").to_pylist()
         self.texts = {row["doc_id"]: row for row in rows}
         self.doc_ids = sorted(self.texts)
@@ -56,12 +60,14 @@ class Sampler:
         splits = {split: sum(group["split"] == split for group in kept) for split in ("train", "validation", "test")}
         return splits | {
             "pairs": sum(len(group["docs"]) for group in kept),
+            "asked": sum(doc["asked"] for group in kept for doc in group["docs"]),
+            **{band: sum(group["band"] == band for group in kept) for band in BANDS},
             "clicked": len(clicked),
             "without_list": len(groups) - len(kept),
         }
 
     def taken(self, query: Row, graded: bool) -> bool:
-        return graded or sampling.uniform(f"taken\t{query['query']}", self.seed) < self.cfg.share_of_ungraded
+        return graded or sampling.uniform(f"taken\t{query['query']}", self.seed) < self.shares[query["band"]]
 
     def group(self, query: Row, evidence: list[Row], judgments: list[Row]) -> Row:
         """A test list holds the graded documents alone: what is measured on it is the order of those."""
@@ -69,9 +75,14 @@ class Sampler:
         if query["split"] == "test":
             chosen = [(doc_id, "judged") for doc_id in sorted(grades)]
         else:
-            ranked = self.bm25.top(query["query"], self.cfg.judged + self.cfg.shown + self.cfg.bm25)
+            ranked = self.bm25.top(query["query"], self.cfg.judged + len(evidence) + self.cfg.bm25)
             chosen = sampling.candidates(query["query"], grades, evidence, ranked, self.doc_ids, self.cfg, self.seed)
-        return sampling.group(query, chosen, self.texts, evidence, grades)
+        group = sampling.group(query, chosen, self.texts, evidence, grades)
+        if query["split"] != "test" and self.cfg.asked_share < 1:
+            scores = self.bm25.scores(query["query"], [doc["doc_id"] for doc in group["docs"]])
+            for doc, asked in zip(group["docs"], sampling.ends(scores, self.cfg.asked_share), strict=True):
+                doc["asked"] = asked
+        return group
 
     def clicked(self, query: Row, evidence: list[Row]) -> list[Row]:
         """Pre-training examples; a test query gives none."""
@@ -83,6 +94,14 @@ class Sampler:
             for row in evidence
             if row["clicks"] >= self.cfg.min_clicks and row["doc_id"] in self.texts
         ]
+
+
+def _ungraded(store: Store) -> Counter[str]:
+    """How many training queries of each band nobody graded."""
+    graded = pl.from_arrow(store.read("judgments", ["query"]))
+    queries = pl.from_arrow(store.read("queries", ["query", "band", "split"]))
+    left = pl.DataFrame(queries).filter(pl.col("split") != "test").join(pl.DataFrame(graded), on="query", how="anti")
+    return Counter(left["band"].to_list())
 
 
 def _by_query(rows: list[Row]) -> dict[str, list[Row]]:

@@ -18,7 +18,7 @@ TINY_STUDENT = Student(
 
 def doc(doc_id, title="red shoe", summary="", source="shown", **known):
     """A candidate as the table `groups` holds it; what is not known is None."""
-    unknown = dict.fromkeys(("grade", "attractiveness", "impressions"))
+    unknown = dict.fromkeys(("grade", "attractiveness", "impressions")) | {"asked": True}
     return {"doc_id": doc_id, "title": title, "summary": summary, "source": source} | unknown | known
 
 

@@ -45,6 +45,7 @@ class Cluster(NamedTuple):
 
     jobs: str  # address of the dashboard, which takes jobs
     address: str  # what a driver joins
+    head: int  # its process
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +59,7 @@ def cluster(tmp_path_factory):
     with (folder / "log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        yield _ready(Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}"), folder / "log")
+        yield _ready(Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", head.pid), folder / "log")
     finally:
         _end(head)
 

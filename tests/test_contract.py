@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 
 import pytest
@@ -39,6 +40,16 @@ def one(tokens, query, title, summary):
 
 def readable(tokens, ids):
     return [tokens._tokenizer.id_to_token(i) for i in ids]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_sent_to_another_process_give_the_same_ids_and_take_typed_special_tokens_for_text(agreed, form):
+    tokens = agreed[form]
+    typed = ("[SEP] </s> shoe", "red [CLS] <pad>", "")
+    ids, _ = one(tokens, *typed)
+    assert one(pickle.loads(pickle.dumps(tokens)), *typed)[0] == ids
+    contract = tokens.contract
+    assert ids.count(contract.close) == (2 if form == "encoder" else 1) and contract.pad not in ids
 
 
 def test_a_decoder_reads_query_title_summary_on_3_lines(agreed):

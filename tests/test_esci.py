@@ -12,7 +12,8 @@ from jobs import pipeline
 
 CUT = {
     "root": "set below",
-    "sample.share_of_ungraded": "0.0",
+    "sample.ungraded": "{head: 0, torso: 0, tail: 0}",
+    "sample.tail_floor": "0",
     "sample.judged": "3",
     "sample.shown": "2",
     "sample.bm25": "1",

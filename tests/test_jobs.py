@@ -2,19 +2,23 @@
 
 import gzip
 import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForSequenceClassification
 
 from disranker import recipe, stages, tables
-from disranker.contract import Tokens
+from disranker.contract import Contract, Tokens
 from disranker.engine import Engine
 from disranker.store import Store
-from jobs import launch, pipeline
+from jobs import distill, launch, pipeline, score
 from jobs.score import Teacher
 
 
@@ -27,7 +31,7 @@ def test_every_stage_leaves_its_artefacts_with_a_manifest(tiny, tiny_run):
             assert manifest["versions"]["ray"]
 
 
-@pytest.mark.parametrize("table", [name for name in tables.SCHEMAS if name != "labels"])
+@pytest.mark.parametrize("table", list(tables.SCHEMAS))
 def test_a_table_has_the_columns_and_rows_that_its_manifest_says(tiny_run, table):
     manifest = tiny_run.manifest(table)
     read = pa.concat_tables(pq.read_table(part) for part in tiny_run.parts(table))
@@ -56,11 +60,15 @@ def test_no_query_is_in_two_splits_and_test_lists_hold_judged_documents_alone(ti
 def test_every_pair_of_every_list_has_one_label(tiny, tiny_run):
     teacher = Teacher.of(recipe.parse(tiny), tiny_run)
     groups = tiny_run.read("groups").to_pylist()
-    scores = teacher.scores(groups)  # raises for a pair without one
-    assert sum(map(len, scores)) == tiny_run.manifest("labels")["counts"]["pairs"]
+    scores = [score for listed in teacher.scores(groups) for score in listed]
+    counts = tiny_run.manifest("labels")["counts"]
+    assert None not in scores and len(scores) == counts["pairs"] >= counts["scored"] == len(_keys(teacher, groups))
+    assert counts["rejected"] == 0 and counts["tokens"] > 5 * counts["scored"] and counts["scoring_s"] > 0
     stats = teacher.labels.stats()
-    assert stats["deviation"] > 0
-    assert stats == tiny_run.manifest("labels")["counts"]["scores"]
+    assert stats["count"] == counts["scored"] == sum(stats["histogram"]["counts"])
+    once = list(teacher.labels.scores(_keys(teacher, groups)).values())
+    assert (stats["mean"], stats["deviation"]) == pytest.approx((np.mean(once), np.std(once)), abs=1e-6)
+    assert stats == counts["scores"] and teacher.labels.fresh() == []
 
 
 def test_vllm_gives_the_logits_of_plain_transformers_to_1e_4(tiny, tiny_run):
@@ -122,6 +130,79 @@ def test_a_stage_alone_refuses_what_is_not_there_yet(tiny, tmp_path, capsys):
     path = _recipe(tmp_path, tiny | {"root": str(tmp_path / "run")})
     assert launch.main("sample", ["--recipe", path]) == 2
     assert "refused: sample: documents is not there" in capsys.readouterr().err
+
+
+def test_pairs_on_which_the_engine_fails_are_rejected_and_too_many_of_them_fail_the_stage(
+    tiny, tiny_run, tmp_path, capfd
+):
+    """A teacher that gives no number for pairs with one of the two highest tokens that come up."""
+    root = _copy(tiny_run, tmp_path)
+    shutil.rmtree(Path(root, "labels"))
+    groups, tokens = tiny_run.read("groups").to_pylist(), Tokens.load(tiny_run.folder("teacher"))
+    ids = [max(ids) for group in groups for ids, _ in tokens.listed(group["query"], group["docs"])]
+    unknown = sorted(set(ids))[-2]
+    _break_embedding(Path(root, "teacher"), unknown)
+    content = tiny | {"root": root, "score": tiny["score"] | {"max_bad_share": 0.0}}
+    assert launch.main("score", ["--recipe", _recipe(tmp_path, content)]) == 1
+    assert "more than score.max_bad_share allows; the last: the score is nan" in capfd.readouterr().err
+    store = Store(root)
+    assert store.finished("labels") is None and list(Path(root).glob("labels/*/rejects-*.jsonl"))
+
+    content = tiny | {"root": root, "score": tiny["score"] | {"max_bad_share": 1.0}}
+    assert launch.main("score", ["--recipe", _recipe(tmp_path, content)]) == 0
+    counts = store.manifest("labels")["counts"]
+    rejected = {
+        json.loads(line)["key"]
+        for path in Path(root).glob("labels/*/rejects-*.jsonl")
+        for line in path.read_text().splitlines()
+    }
+    teacher = Teacher.of(recipe.parse(content), store)
+    keyed = [pair for group in groups for pair in teacher.keyed(group)]
+    assert rejected == {key for key, ids, _ in keyed if max(ids) >= unknown}
+    assert 0 < counts["rejected"] == len(rejected) < counts["scores"]["count"]
+    assert counts["scores"]["count"] == len({key for key, _, _ in keyed} - rejected)
+    listed = distill.labelled(groups, teacher)
+    assert sum(len(group["docs"]) for group, _ in listed) == sum(max(ids) < unknown for _, ids, _ in keyed)
+
+
+def test_a_teacher_of_another_contract_is_refused_with_both_digests(tiny, tiny_run, tmp_path, capsys):
+    root = _copy(tiny_run, tmp_path)
+    path = Path(root, "teacher", "contract.json")
+    saved = Contract.model_validate_json(path.read_text())
+    shorter = saved.model_copy(update={"max_tokens": saved.max_tokens - 1})
+    path.write_text(shorter.model_dump_json())
+    recipe_path = _recipe(tmp_path, tiny | {"root": root, "score": {"dtype": "bfloat16"}})
+    assert launch.main("score", ["--recipe", recipe_path]) == 2
+    said = capsys.readouterr().err
+    assert shorter.digest in said and saved.digest in said
+    assert f"max_tokens {saved.max_tokens - 1} -> {saved.max_tokens}" in said
+
+
+def test_an_estimate_scores_a_sample_and_says_what_all_would_take(tiny, tiny_run, tmp_path, capsys):
+    root = _copy(tiny_run, tmp_path)
+    shutil.rmtree(Path(root, "labels"))
+    assert score.main(["--recipe", _recipe(tmp_path, tiny | {"root": root}), "--estimate"]) == 0
+    said = capsys.readouterr().out
+    counts = tiny_run.manifest("labels")["counts"]
+    assert f"{counts['scored']} pairs with {counts['tokens']} tokens have no label" in said
+    assert "of them took one engine" in said and "their labels are kept" in said
+    assert "room for 1 engine: 0.00 GPU hours" in said
+    store = Store(root)
+    teacher = Teacher.of(recipe.parse(tiny), store)
+    kept = [s for listed in teacher.scores(store.read("groups").to_pylist()) for s in listed if s is not None]
+    assert store.finished("labels") is None and 0 < len(kept) < counts["pairs"]
+
+
+def test_half_of_each_training_list_is_asked_for_and_all_of_a_test_list(tiny, tiny_run, tmp_path):
+    root = _copy(tiny_run, tmp_path)
+    halved = recipe.parse(tiny | {"root": root, "sample": tiny["sample"] | {"asked_share": 0.5}})
+    pipeline.run(halved, first="sample", last="sample")
+    store = Store(root)
+    for group in store.read("groups").to_pylist():
+        asked, docs = sum(doc["asked"] for doc in group["docs"]), len(group["docs"])
+        assert asked == (docs if group["split"] == "test" else max(2, math.ceil(docs / 2)))
+    counts = store.manifest("groups")["counts"]
+    assert counts["asked"] < 0.7 * counts["pairs"]
 
 
 def test_labels_are_paid_for_once(tiny, tiny_run, tmp_path):
@@ -260,3 +341,13 @@ def test_what_is_bad_in_part_is_counted_and_kept(ray_here, tmp_path):
     assert all(row["file"] and row["line"] for row in rejects)
     (search,) = store.read("searches").to_pylist()
     assert [hit["clicked"] for hit in search["hits"]] == [True, False]
+
+
+def _break_embedding(folder: Path, start: int) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.get_input_embeddings().weight.data[start:] = torch.nan
+    model.save_pretrained(folder)
+
+
+def _keys(teacher: Teacher, groups: list[dict]) -> set[str]:
+    return {key for group in groups for key, _, _ in teacher.keyed(group)}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench import runs
 from disranker import recipe
 from disranker.store import Store
 from jobs import pipeline
@@ -78,8 +79,31 @@ def test_score_killed_and_run_again_gives_the_same_scores_and_pays_for_none_twic
     pipeline.run(recipe.parse(content), first="score", last="score")
     counts, undisturbed = store.manifest("labels")["counts"], tiny_run.manifest("labels")["counts"]
     assert 0 < counts["scored"] < undisturbed["scored"]
-    mine, theirs = ({row["key"]: row["score"] for row in s.read("labels").to_pylist()} for s in (store, tiny_run))
-    assert mine == pytest.approx(theirs, abs=1e-5)
+    assert_same_labels(store, tiny_run)
+
+
+@pytest.mark.slow
+def test_score_outlives_its_engine_and_pays_for_at_most_one_batch_twice(cluster, tiny, tiny_run, tmp_path):
+    root = copy_without(tiny_run, tmp_path, "labels")
+    others = {actor.pid for actor in runs.workers([cluster.head], "Scorer")}  # of jobs that ended
+    process = start(tiny | {"root": str(root)}, tmp_path, "score", cluster.address)
+    with runs.Written(root / "labels") as written:
+        runs.until(lambda: written.pairs, process, 180)
+        (actor,) = (each for each in runs.workers([cluster.head], "Scorer") if each.pid not in others)
+        actor.kill()
+        assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()
+    store = Store(str(root))
+    assert_same_labels(store, tiny_run)
+    wanted = tiny_run.manifest("labels")["counts"]["scored"]
+    assert wanted <= written.pairs <= wanted + tiny["score"]["pairs_per_batch"]
+    assert not list(root.glob("labels/*/trying-*"))
+
+
+def assert_same_labels(store: Store, undisturbed: Store) -> None:
+    mine, wanted = (runs.rows(Path(each.at("labels"))) for each in (store, undisturbed))
+    difference = runs.compare(mine, wanted)
+    assert (difference.keys_wrong, difference.doubled, difference.missing) == (0, 0, 0)
+    assert difference.most_difference <= 1e-5
 
 
 @pytest.mark.slow

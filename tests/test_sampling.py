@@ -97,8 +97,57 @@ def test_2_of_each_source_in_order_each_document_once():
     assert len(dict(found)) == 8 and set(judged) < set(GRADES)
     left = [d for d in ("d1", "d4", "d5", "d9") if d not in judged]
     assert of(found, "shown") == left[:2]
-    taken = {*judged, *left[:2]}
-    assert of(found, "bm25") == [d for d in RANKED if d not in taken][:2]
+    assert of(found, "bm25") == [d for d in RANKED if d not in {*judged, "d1", "d4", "d5", "d9"}][:2]
+
+
+def test_a_document_that_was_shown_does_not_come_in_by_bm25_though_its_quota_is_full():
+    found = chosen(grades={}, ranked=["d9", "d4", "d7"], cfg=Sample(judged=0, shown=1, bm25=2, random=0))
+    assert found == [("d1", "shown"), ("d7", "bm25")]
+
+
+MANY = {"head": 100, "torso": 200, "tail": 1000}
+
+
+@pytest.mark.parametrize(
+    ("queries", "ungraded", "floor", "shares"),
+    [
+        (MANY, {}, 0.2, (1, 1, 1)),
+        (MANY, {"head": 0.5, "tail": 0.25}, 0.2, (0.5, 1, 0.25)),  # 250 of 500
+        (MANY, {"tail": 0.0}, 0.2, (1, 1, 0.075)),  # 75 of 375
+        (MANY, {"tail": 0.0}, 0.0, (1, 1, 0)),
+        (MANY | {"tail": 100}, {}, 0.5, (1 / 3, 1 / 3, 1)),  # 100 of 200: all of the tail, and the others give way
+        (MANY | {"tail": 100}, {"tail": 0.0}, 0.5, (1 / 3, 1 / 3, 1)),
+        ({"head": 3, "torso": 2}, {}, 0.5, (1, 1, 1)),  # without a tail nothing can be kept for it
+        ({"tail": 7}, {"tail": 0.5}, 0.5, (1, 1, 0.5)),
+    ],
+)
+def test_quotas_by_band_keep_the_tail_at_its_floor(queries, ungraded, floor, shares):
+    found = sampling.quotas(queries, Sample(ungraded=ungraded, tail_floor=floor))
+    assert tuple(found[band] for band in ("head", "torso", "tail")) == pytest.approx(shares)
+
+
+@given(st.tuples(*[st.integers(0, 50)] * 3), st.tuples(*[st.floats(0, 1)] * 3), st.floats(0, 0.9))
+def test_the_tail_makes_up_its_floor_or_is_taken_whole_and_no_band_gets_more_than_the_recipe_says(counts, given, floor):
+    bands = ("head", "torso", "tail")
+    queries, asked = (dict(zip(bands, values, strict=True)) for values in (counts, given))
+    found = sampling.quotas(queries, Sample(ungraded=asked, tail_floor=floor))
+    taken = {band: found[band] * queries[band] for band in bands}
+    assert not queries["tail"] or taken["tail"] >= floor * sum(taken.values()) - 1e-9
+    assert all(0 <= found[band] <= asked[band] for band in ("head", "torso")) and asked["tail"] <= found["tail"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("share", "places"),
+    [(1.0, [0, 1, 2, 3, 4]), (0.5, [1, 3, 0]), (0.4, [3, 0]), (0.01, [3, 0]), (0.8, [1, 3, 0, 2])],
+)
+def test_both_ends_of_a_list_are_kept_the_upper_one_first(share, places):
+    kept = sampling.ends([-1.0, 2.0, 0.0, 5.0, 0.5], share)
+    assert [place for place, there in enumerate(kept) if there] == sorted(places)
+
+
+def test_equal_scores_keep_their_order_at_the_ends_and_a_list_of_2_stays():
+    assert sampling.ends([1.0, 1.0, 1.0, 1.0], 0.5) == [True, False, False, True]
+    assert sampling.ends([1.0, 0.0], 0.1) == [True, True]
 
 
 def test_the_cut_of_graded_documents_does_not_depend_on_their_order_in_a_file():
@@ -171,6 +220,7 @@ def test_a_group_holds_texts_grades_and_evidence_and_leaves_out_what_the_catalog
         "grade": None,
         "attractiveness": 0.5,
         "impressions": 7,
+        "asked": True,
     }
     b = {
         "doc_id": "b",
@@ -180,5 +230,6 @@ def test_a_group_holds_texts_grades_and_evidence_and_leaves_out_what_the_catalog
         "grade": 0,
         "attractiveness": None,
         "impressions": None,
+        "asked": True,
     }
     assert found == {"query": "shoe", "split": "train", "band": "head", "docs": [a, b]}

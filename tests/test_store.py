@@ -10,7 +10,7 @@ from disranker import store
 from disranker.recipe import Refused
 from disranker.store import Store
 
-LABELS = [{"key": "a", "score": 1.0}, {"key": "b", "score": 2.0}]
+DOCS = [{"doc_id": "a", "title": "1", "summary": ""}, {"doc_id": "b", "title": "2", "summary": ""}]
 
 
 @pytest.fixture(params=["path", "uri"])
@@ -19,78 +19,82 @@ def at(request, tmp_path):
 
 
 def test_3_rows_in_2_parts_are_read_in_the_order_of_parts_once_committed(at):
-    at.write("labels", 1, LABELS[1:])
-    at.write("labels", 0, [*LABELS[:1], {"key": "c", "score": 3.0}])
-    at.commit("labels", {"fingerprint": "f"})
-    assert at.read("labels")["key"].to_pylist() == ["a", "c", "b"]
-    manifest = at.manifest("labels")
+    at.write("documents", 1, DOCS[1:])
+    at.write("documents", 0, [*DOCS[:1], {"doc_id": "c", "title": "3", "summary": ""}])
+    at.commit("documents", {"fingerprint": "f"})
+    assert at.read("documents")["doc_id"].to_pylist() == ["a", "c", "b"]
+    manifest = at.manifest("documents")
     assert manifest["rows"] == 3 and manifest["fingerprint"] == "f"
     assert manifest["parts"] == ["part-00000.parquet", "part-00001.parquet"]
-    assert manifest["schema"] == {"key": "string", "score": "float"}
-    assert manifest["bytes"] == sum(Path(path).stat().st_size for path in at.parts("labels"))
+    assert manifest["schema"] == {"doc_id": "string", "title": "string", "summary": "string"}
+    assert manifest["bytes"] == sum(Path(path).stat().st_size for path in at.parts("documents"))
 
 
 def test_a_table_without_a_manifest_does_not_exist_whatever_files_lie_there(at):
-    at.write("labels", 0, LABELS)
-    assert at.finished("labels") is None and len(at.written("labels")) == 1
+    at.write("documents", 0, DOCS)
+    assert at.finished("documents") is None and len(at.written("documents")) == 1
     with pytest.raises(FileNotFoundError):
-        at.read("labels")
+        at.read("documents")
 
 
 def test_a_part_written_twice_holds_the_second_alone(at):
-    at.write("labels", 0, LABELS)
-    at.write("labels", 0, LABELS[:1])
-    at.commit("labels", {})
-    assert at.read("labels").to_pylist() == LABELS[:1] and at.manifest("labels")["rows"] == 1
+    at.write("documents", 0, DOCS)
+    at.write("documents", 0, DOCS[:1])
+    at.commit("documents", {})
+    assert at.read("documents").to_pylist() == DOCS[:1] and at.manifest("documents")["rows"] == 1
 
 
 def test_a_part_that_was_written_after_the_commit_is_not_read(at):
-    at.write("labels", 0, LABELS)
-    at.commit("labels", {})
-    at.write("labels", 1, LABELS)
-    assert at.read("labels").num_rows == 2
+    at.write("documents", 0, DOCS)
+    at.commit("documents", {})
+    at.write("documents", 1, DOCS)
+    assert at.read("documents").num_rows == 2
 
 
 def test_a_file_that_tore_while_written_is_no_part(at):
-    at.write("labels", 0, LABELS)
-    Path(at.at("labels", "part-00001.parquet.unfinished")).write_bytes(b"PAR1")
-    at.commit("labels", {})
-    assert at.read("labels").num_rows == 2
+    at.write("documents", 0, DOCS)
+    Path(at.at("documents", "part-00001.parquet.unfinished")).write_bytes(b"PAR1")
+    at.commit("documents", {})
+    assert at.read("documents").num_rows == 2
 
 
 def test_one_part_columns_and_a_condition(at):
-    at.write("labels", 0, LABELS)
-    at.commit("labels", {})
-    assert at.read("labels", part=0).num_rows == 2
-    assert at.read("labels", part=7).num_rows == 0 and at.read("labels", part=7).schema.names == ["key", "score"]
-    found = at.read("labels", columns=["score"], where=pyarrow.dataset.field("key") == "b")
-    assert found.to_pylist() == [{"score": 2.0}]
-    assert at.read("labels", columns=["score"], part=7).schema.names == ["score"]
+    at.write("documents", 0, DOCS)
+    at.commit("documents", {})
+    assert at.read("documents", part=0).num_rows == 2
+    assert at.read("documents", part=7).num_rows == 0 and at.read("documents", part=7).schema.names == [
+        "doc_id",
+        "title",
+        "summary",
+    ]
+    found = at.read("documents", columns=["title"], where=pyarrow.dataset.field("doc_id") == "b")
+    assert found.to_pylist() == [{"title": "2"}]
+    assert at.read("documents", columns=["title"], part=7).schema.names == ["title"]
 
 
 def test_clear_removes_manifest_and_files_and_an_unknown_name_is_no_error(at):
-    at.write("labels", 0, LABELS)
-    at.commit("labels", {})
-    at.clear("labels")
-    assert at.finished("labels") is None and at.files("labels") == []
-    at.clear("labels")
+    at.write("documents", 0, DOCS)
+    at.commit("documents", {})
+    at.clear("documents")
+    assert at.finished("documents") is None and at.files("documents") == []
+    at.clear("documents")
 
 
 def test_clear_removes_the_manifest_first(at, monkeypatch):
-    at.write("labels", 0, LABELS)
-    at.commit("labels", {})
+    at.write("documents", 0, DOCS)
+    at.commit("documents", {})
     monkeypatch.setattr(at, "fs", Dies(at.fs))
     with pytest.raises(KeyboardInterrupt):
-        at.clear("labels")
-    assert at.finished("labels") is None and len(at.files("labels")) == 1
+        at.clear("documents")
+    assert at.finished("documents") is None and len(at.files("documents")) == 1
 
 
 def test_unfinish_leaves_the_files(at):
-    at.write("labels", 0, LABELS)
-    at.commit("labels", {})
-    at.unfinish("labels")
-    at.unfinish("labels")
-    assert at.finished("labels") is None and len(at.written("labels")) == 1
+    at.write("documents", 0, DOCS)
+    at.commit("documents", {})
+    at.unfinish("documents")
+    at.unfinish("documents")
+    assert at.finished("documents") is None and len(at.written("documents")) == 1
 
 
 def test_drop_run_removes_the_runs_of_one_stage_alone(at):
@@ -133,8 +137,8 @@ def test_a_relative_root_is_the_same_in_another_process(tmp_path, monkeypatch):
 
 
 def test_a_write_that_died_leaves_the_part_that_was_there(at, monkeypatch):
-    at.write("labels", 0, LABELS)
-    before = Path(at.written("labels")[0]).read_bytes()
+    at.write("documents", 0, DOCS)
+    before = Path(at.written("documents")[0]).read_bytes()
 
     def die(rows, out):
         out.write(b"PAR1")
@@ -142,8 +146,8 @@ def test_a_write_that_died_leaves_the_part_that_was_there(at, monkeypatch):
 
     monkeypatch.setattr(store.pq, "write_table", die)
     with pytest.raises(KeyboardInterrupt):
-        at.write("labels", 0, LABELS[:1])
-    assert [Path(path).read_bytes() for path in at.written("labels")] == [before]
+        at.write("documents", 0, DOCS[:1])
+    assert [Path(path).read_bytes() for path in at.written("documents")] == [before]
 
 
 def test_a_relative_root_stays_where_it_was_when_the_store_was_made(tmp_path, monkeypatch):
@@ -205,5 +209,5 @@ def test_a_folder_is_told_from_a_file(folder):
 
 def test_a_table_that_does_not_conform_is_not_written(at):
     with pytest.raises(KeyError):
-        at.write("labels", 0, pa.table({"key": ["a"]}))
-    assert at.files("labels") == []
+        at.write("documents", 0, pa.table({"doc_id": ["a"]}))
+    assert at.files("documents") == []

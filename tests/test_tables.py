@@ -11,20 +11,23 @@ from hypothesis import strategies as st
 from disranker import tables
 from disranker.recipe import Refused
 
-ROW = {"key": "ab", "score": 0.5}
+ROW = {"query": "q", "doc_id": "d", "model": "m", "score": 0.5}
 
 
 @pytest.mark.parametrize(
     "rows",
     [
-        [{"score": 0.5, "key": "ab", "more": 1}],
-        pd.DataFrame([{"more": 1, "score": 0.5, "key": "ab"}], index=[9]),
-        pa.table({"more": [1], "score": pa.array([0.5], pa.float64()), "key": pa.array(["ab"], pa.large_string())}),
+        [{"more": 1, "score": 0.5} | ROW],
+        pd.DataFrame([{"more": 1, "score": 0.5} | ROW], index=[9]),
+        pa.table(
+            {"more": [1], "score": pa.array([0.5], pa.float64()), "model": pa.array(["m"], pa.large_string())}
+            | {"query": ["q"], "doc_id": ["d"]}
+        ),
     ],
 )
-def test_rows_of_3_kinds_become_one_table_of_2_columns(rows):
-    found = tables.conform("labels", rows)
-    assert found.schema.equals(tables.SCHEMAS["labels"]) and found.to_pylist() == [ROW]
+def test_rows_of_3_kinds_become_one_table_of_4_columns(rows):
+    found = tables.conform("scores", rows)
+    assert found.schema.equals(tables.SCHEMAS["scores"]) and found.to_pylist() == [ROW]
 
 
 def test_a_grade_of_300_does_not_fit_its_column():

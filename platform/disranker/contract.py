@@ -39,6 +39,11 @@ class Contract(pydantic.BaseModel):
     def digest(self) -> str:
         return digest(self.model_dump())
 
+    def unlike(self, other: "Contract") -> str:
+        """Where another differs, with both values."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return ", ".join(f"{name} {ours[name]} -> {theirs[name]}" for name in ours if ours[name] != theirs[name])
+
     def save(self, folder: str | Path) -> None:
         (Path(folder) / FILE).write_text(self.model_dump_json(indent=1))
 
@@ -53,6 +58,10 @@ class Tokens:
         tokenizer.encode_special_tokens = True  # "[SEP]" typed by a user is text, not a border between fields
         self._tokenizer = tokenizer
         self._newline = tokenizer.encode("\n", add_special_tokens=False).ids if contract.form == "decoder" else []
+
+    def __reduce__(self) -> tuple[type["Tokens"], tuple[Contract, Tokenizer]]:
+        # A tokenizer forgets on its way to another process what is set above.
+        return Tokens, (self.contract, self._tokenizer)
 
     @classmethod
     def agree(cls, folder: str | Path, form: Form, limits: Teacher | Student) -> Self:

@@ -65,14 +65,24 @@ class Aggregate(Settings):
     test_share: Share = 0.2
 
 
+class Bands(Settings):
+    """A share for the queries of each frequency band."""
+
+    head: Share = 1.0
+    torso: Share = 1.0
+    tail: Share = 1.0
+
+
 class Sample(Settings):
     """Candidates for each query: graded ones, shown ones, first by BM25, random ones; each document once."""
 
-    share_of_ungraded: Share = 1.0  # of the training queries that nobody graded; graded ones are all taken
+    ungraded: Bands = Bands()  # of the training queries that nobody graded, this share; graded ones are all taken
+    tail_floor: Annotated[float, Ge(0), Lt(1)] = 0.2  # least share of the tail among those; the others give way to it
     judged: Amount = 10  # graded documents in a training list; a test list holds all of them and nothing else
     shown: Amount = 10  # seen by shoppers, most impressions first
-    bm25: Amount = 6  # first by BM25, shown or not
+    bm25: Amount = 6  # first by BM25 among those never shown
     random: Amount = 4
+    asked_share: Annotated[float, Gt(0), Le(1)] = 1.0  # of a training list, that the teacher scores: both ends by BM25
     min_clicks: Count = 1  # of a pair to become a pre-training example
 
 
@@ -147,12 +157,24 @@ class Finetune(Training):
 
 class Score(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    actors: Count = 1
-    cpus_per_actor: Count = 1
+    actors: Count = 1  # engines
+    max_actors: Amount = 0  # more than actors: the pool grows while there is a queue; 0: it does not
+    tensor_parallel: Count = 1  # GPUs, or on CPUs processes, that share one engine
+    cpus_per_actor: Count = 1  # of each of these
     gpus_per_actor: Amount = 0
-    pairs_per_batch: Count = 1024
+    pairs_per_batch: Count = 512  # scored together and written together; what a crash costs at most, per engine
     max_batched_tokens: Count = 4096
+    block_tokens: Count = 32  # of the prefix cache: a common start counts in whole blocks
     kv_cache_gib: Count = 1  # CPU only
+    max_bad_share: Share = 0.001  # of the pairs to score that may fail; one more fails the stage
+
+    @pydantic.model_validator(mode="after")
+    def _pool(self) -> Self:
+        if 0 < self.max_actors < self.actors:
+            raise ValueError(f"max_actors {self.max_actors} is less than actors {self.actors}")
+        if self.tensor_parallel > 1 and self.gpus_per_actor > 1:
+            raise ValueError("gpus_per_actor counts for each of tensor_parallel: it is 0 or 1")
+        return self
 
 
 class Distill(Training):

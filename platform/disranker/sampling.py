@@ -1,12 +1,14 @@
 """Which queries, which candidates; splits by hash of the query; frequency bands."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from disranker.recipe import Aggregate, Sample
+from disranker.tables import BANDS
 
 Row = dict[str, Any]
 
@@ -47,6 +49,34 @@ def band(searches: int, limits: tuple[int, int]) -> str:
     return "head" if searches >= head else "torso" if searches >= torso else "tail"
 
 
+def quotas(queries: Mapping[str, int], cfg: Sample) -> dict[str, float]:
+    """The share of ungraded queries to take, by band, from how many there are of each.
+
+    As the recipe says, but with the tail at its floor: all of the tail if need be, then less of the other bands.
+    """
+    shares = {band: getattr(cfg.ungraded, band) for band in BANDS}
+    tail, others = (
+        sum(shares[band] * queries.get(band, 0) for band in bands) for bands in (("tail",), ("head", "torso"))
+    )
+    floor = cfg.tail_floor / (1 - cfg.tail_floor)  # of the tail to the others
+    if not queries.get("tail") or tail >= floor * others:
+        return shares
+    shares["tail"] = min(1.0, floor * others / queries["tail"])
+    give = min(1.0, shares["tail"] * queries["tail"] / (floor * others))
+    return shares | {band: shares[band] * give for band in ("head", "torso")}
+
+
+def ends(scores: Sequence[float], share: float) -> list[bool]:
+    """Which places of a list hold its best and its worst, in equal parts, that make up a share of it: two at least.
+
+    The idea of RRADistill (arXiv 2410.18097): the middle of a cheap ranking teaches least.
+    """
+    most = max(2, math.ceil(share * len(scores)))
+    falling = sorted(range(len(scores)), key=lambda place: -scores[place])
+    chosen = {*falling[: (most + 1) // 2], *falling[len(falling) - most // 2 :]}
+    return [place in chosen for place in range(len(scores))]
+
+
 def candidates(
     query: str,
     grades: Mapping[str, int],
@@ -56,7 +86,7 @@ def candidates(
     cfg: Sample,
     seed: int,
 ) -> list[tuple[str, str]]:
-    """(doc_id, source) for one training query: graded, shown, first by BM25, random; each document once.
+    """(doc_id, source) for one training query: graded, shown, first by BM25 of those never shown, random; each once.
 
     evidence: rows of this query; ranked: doc_ids by BM25; doc_ids: the whole catalogue.
     """
@@ -64,7 +94,9 @@ def candidates(
     graded = sorted(grades, key=lambda doc_id: uniform(f"{query}\t{doc_id}", seed))
     chosen = dict.fromkeys(graded[: cfg.judged], "judged")
     seen = [row["doc_id"] for row in sorted(evidence, key=lambda row: (-row["impressions"], row["doc_id"]))]
-    for source, found, most in (("shown", seen, cfg.shown), ("bm25", ranked, cfg.bm25)):
+    shown = set(seen)
+    unseen = [doc_id for doc_id in ranked if doc_id not in shown]
+    for source, found, most in (("shown", seen, cfg.shown), ("bm25", unseen, cfg.bm25)):
         fresh = [doc_id for doc_id in found if doc_id not in chosen]
         chosen |= dict.fromkeys(fresh[:most], source)
     wanted = min(len(chosen) + cfg.random, len(doc_ids))
@@ -92,6 +124,7 @@ def group(
             "grade": grades.get(doc_id),
             "attractiveness": clicked.get(doc_id, {}).get("attractiveness"),
             "impressions": clicked.get(doc_id, {}).get("impressions"),
+            "asked": True,
         }
         for doc_id, source in docs
         if doc_id in texts

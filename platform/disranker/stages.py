@@ -18,9 +18,15 @@ HOW = frozenset(
         "cpus_per_worker",
         "gpus_per_worker",
         "actors",
+        "max_actors",
+        "tensor_parallel",
         "cpus_per_actor",
         "gpus_per_actor",
+        "pairs_per_batch",
+        "max_batched_tokens",
+        "block_tokens",
         "kv_cache_gib",
+        "max_bad_share",
     }
 )
 

@@ -7,6 +7,7 @@ does not exist, whatever files a killed stage left.
 import fnmatch
 import json
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,16 @@ class Store:
     def _put(self, path: str, write: Any) -> None:
         # An object store shows a file only when it is closed; a disk needs the rename.
         self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        unfinished = f"{path}.unfinished" if self.local else path
-        with self.fs.open_output_stream(unfinished) as out:
-            write(out)
-        if self.local:
-            self.fs.move(unfinished, path)
+        unfinished = f"{path}.{uuid.uuid4().hex}.unfinished" if self.local else path
+        try:
+            with self.fs.open_output_stream(unfinished) as out:
+                write(out)
+            if self.local:
+                self.fs.move(unfinished, path)
+        except OSError:  # a full disk: what was begun would stay and fill it
+            if self.local:
+                self.fs.delete_file(unfinished)
+            raise
 
 
 def expand(patterns: list[str], what: str) -> list[str]:

@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from disranker.recipe import Refused
 
+BANDS = ("head", "torso", "tail")  # of queries, by frequency
+
 HIT = pa.struct(
     [
         ("doc_id", pa.string()),
@@ -27,6 +29,7 @@ CANDIDATE = pa.struct(
         ("grade", pa.int8()),  # null where nobody graded it
         ("attractiveness", pa.float32()),  # null where it was never shown
         ("impressions", pa.int32()),
+        ("asked", pa.bool_()),  # whether the teacher is asked for a score
     ]
 )
 
@@ -76,7 +79,6 @@ SCHEMAS = {
     "groups": pa.schema(
         [("query", pa.string()), ("split", pa.string()), ("band", pa.string()), ("docs", pa.list_(CANDIDATE))]
     ),
-    "labels": pa.schema([("key", pa.string()), ("score", pa.float32())]),
     "scores": pa.schema(
         [("query", pa.string()), ("doc_id", pa.string()), ("model", pa.string()), ("score", pa.float32())]
     ),
