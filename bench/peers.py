@@ -1,0 +1,146 @@
+"""The rate of a peer on the pairs of a store, as one JSON line: bare vLLM on one list, or transformers in batches."""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import made_up
+from disranker import recipe as recipes
+from disranker.contract import Tokens
+from disranker.recipe import Recipe
+from disranker.store import Store
+
+BATCH = 32  # of transformers
+ORDERS = ("contiguous", "shuffled")
+Ids = list[list[int]]
+
+
+def pairs(recipe: Recipe, most: int | None = None) -> Ids:
+    """Token ids of the first pairs of a store, one query's documents together, in the order of the stage `score`."""
+    store = Store(recipe.root)
+    tokens = Tokens.load(store.folder("teacher"))
+    found: Ids = []
+    for part in range(recipe.ingest.parts):
+        for group in store.read("groups", part=part).to_pylist():
+            found += [ids for ids, _ in tokens.listed(group["query"], group["docs"])]
+        if most and len(found) >= most:
+            break
+    return found[:most]
+
+
+def vllm(recipe: Recipe, ids: Ids, orders: Sequence[str] = ("contiguous",)) -> dict[str, Any]:
+    """One call of `LLM.classify` for each order of the pairs, each with an empty cache; the start stands apart."""
+    began = time.monotonic()
+    engine = _engine(recipe)
+    said: dict[str, Any] = {"start_s": time.monotonic() - began}
+    for order in orders:
+        engine.reset_prefix_cache()
+        given = random.Random(0).sample(ids, len(ids)) if order == "shuffled" else ids
+        said[order] = _classified(engine, given)
+    return said
+
+
+def _engine(recipe: Recipe) -> Any:
+    """With the settings of the stage `score`: the cores, the memory, the block and batch sizes."""
+    cfg, folder = recipe.score, Store(recipe.root).folder("teacher")
+    os.environ |= {
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    from vllm import LLM
+
+    longest = Tokens.load(folder).contract.max_tokens
+    return LLM(
+        folder,
+        runner="pooling",
+        convert="classify",
+        dtype=cfg.dtype,
+        enforce_eager=True,
+        max_model_len=longest,
+        max_num_batched_tokens=max(cfg.max_batched_tokens, longest),
+        block_size=cfg.block_tokens,
+        seed=0,
+    )
+
+
+def _classified(engine: Any, ids: Ids) -> dict[str, Any]:
+    from vllm import PoolingParams
+    from vllm.inputs import TokensPrompt
+
+    began = time.monotonic()
+    prompts = [TokensPrompt(prompt_token_ids=row) for row in ids]
+    outputs = engine.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False)
+    seconds = time.monotonic() - began
+    cached = sum(output.num_cached_tokens or 0 for output in outputs)
+    scores = [output.outputs.probs[0] for output in outputs]
+    return {"cached_tokens": cached} | _measured(ids, seconds, scores)
+
+
+def transformers(recipe: Recipe, ids: Ids, threads: int) -> dict[str, Any]:
+    """Batches of pairs of like length, padded; one batch of the longest before the clock starts."""
+    began = time.monotonic()
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.set_num_threads(threads)
+    folder = Store(recipe.root).folder("teacher")
+    pad = Tokens.load(folder).contract.pad
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, recipe.score.dtype))
+    order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
+    batches = [order[start : start + BATCH] for start in range(0, len(ids), BATCH)]
+    scores = [0.0] * len(ids)
+    with torch.inference_mode():
+        _forward(model.eval(), [ids[place] for place in batches[0]], pad)
+        ready = time.monotonic()
+        for batch in batches:
+            for place, score in zip(batch, _forward(model, [ids[place] for place in batch], pad), strict=True):
+                scores[place] = score
+    return {"start_s": ready - began} | _measured(ids, time.monotonic() - ready, scores)
+
+
+def _forward(model: Any, rows: Ids, pad: int) -> list[float]:
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    scores: list[float] = model(input_ids=ids, attention_mask=real).logits.squeeze(-1).float().tolist()
+    return scores
+
+
+def _measured(ids: Ids, seconds: float, scores: list[float]) -> dict[str, Any]:
+    said = {"pairs": len(ids), "tokens": sum(map(len, ids)), "seconds": seconds, "rate": len(ids) / seconds}
+    return said | {"lowest": min(scores), "highest": max(scores)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("peer", choices=("vllm", "transformers"))
+    parser.add_argument("--recipe", type=Path, help="of a store with teacher and groups; default: one is made up")
+    parser.add_argument("--pairs", type=int, help="the first so many pairs; default all")
+    parser.add_argument("--dtype", help="default that of the recipe")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS[:1], help="vllm: of a query's documents")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="transformers")
+    parser.add_argument("--small", action="store_true", help="make up a tiny store")
+    given = parser.parse_args(argv)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    with tempfile.TemporaryDirectory() as folder:
+        size = made_up.TINY if given.small else made_up.FULL
+        path = given.recipe or made_up.make(Path(folder), range(10 if given.small else 100), size)
+        recipe = recipes.load(path, [f"score.dtype={given.dtype}"] if given.dtype else [])
+        ids = pairs(recipe, given.pairs)
+        said = vllm(recipe, ids, given.orders) if given.peer == "vllm" else transformers(recipe, ids, given.threads)
+    print(json.dumps(said), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

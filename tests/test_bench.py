@@ -1,0 +1,259 @@
+import importlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bench import claims, exactly_once, made_up, runs, score
+from disranker import recipe as recipes
+from disranker import stages, tables
+from disranker.contract import Tokens
+from disranker.store import Store
+
+ROOT = Path(__file__).parents[1]
+PARTS = {"__init__", "claims", "runs"}  # what the programs share
+PROGRAMS = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - PARTS)
+SHAPE = made_up.Shape(documents=4, pair_tokens=48, query_tokens=5, instruction_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def tiny_store(tmp_path_factory):
+    """The recipe of a made-up store of 12 lists of 4 documents."""
+    folder = tmp_path_factory.mktemp("bench")
+    return recipes.load(made_up.make(folder, range(12), made_up.TINY, SHAPE, {"pairs_per_batch": 8}, parts=3))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_measurement_has_a_small_run(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"bench.{name}").main(["--help"])
+    assert ended.value.code == 0
+    assert "--small" in capsys.readouterr().out
+
+
+def test_importing_a_measurement_does_nothing(tmp_path):
+    modules = [f"bench.{name}" for name in (*PROGRAMS, *PARTS - {"__init__"})]
+    program = (
+        "import importlib, os, sys\n"
+        "before = dict(os.environ)\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "assert dict(os.environ) == before\n"
+        "print(sorted({'ray', 'torch', 'vllm', 'transformers'} & set(sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rate_of_3_against_2_has_ratio_1_5_and_so_have_2_seconds_against_3():
+    faster = claims.against("a", [1, 3, 9], [2, 2, 2], "pairs/s", 1.5)
+    assert faster == {"claim": "a", "ours": 3, "peer": 2, "ratio": 1.5, "unit": "pairs/s", "bar": 1.5, "runs": 3}
+    shorter = claims.against("a", [2.0], [3.0], "s", 1.6, pairs=7)
+    assert (shorter["ratio"], shorter["pairs"]) == (1.5, 7)
+    assert claims.holds(faster)
+    assert not claims.holds(shorter)
+
+
+def test_16_seconds_within_20_hold_and_1280_mib_within_1024_do_not():
+    time, memory = claims.within("a", [16.0], 20, "s"), claims.within("a", [1280], 1024, "MiB")
+    assert (time["ratio"], memory["ratio"]) == (1.25, 0.8)
+    assert (time["peer"], time["limit"], time["bar"]) == (None, 20, 1.0)
+    assert (claims.holds(time), claims.holds(memory)) == (True, False)
+
+
+def test_a_claim_without_a_bar_holds_and_nothing_measured_is_still_a_number():
+    line = claims.within("a", [0], 1024, "MiB") | {"bar": None}
+    assert claims.holds(line)
+    assert json.loads(json.dumps(line, allow_nan=False))["ratio"] == 1_024_000
+
+
+def test_a_line_is_printed_and_added_to_the_file(tmp_path, capsys):
+    for number in (1, 2):
+        claims.emit({"claim": number}, tmp_path / "lines")
+    assert (tmp_path / "lines").read_text() == '{"claim": 1}\n{"claim": 2}\n' == capsys.readouterr().out
+
+
+def test_words_are_distinct_and_fill_the_vocabulary():
+    words = made_up.words(16_384)
+    assert len(set(words)) == len(words) == 16_384 - len(made_up.SPECIALS)
+    with pytest.raises(ValueError, match="between 6 and 1000000"):
+        made_up.words(5)
+
+
+def test_the_default_teacher_has_over_20_million_parameters_and_heads_that_vllm_takes():
+    size = made_up.FULL
+    layer = 4 * size.width**2 + 3 * size.width * (size.width * 3)
+    assert size.vocabulary * size.width + size.layers * layer > 20e6
+    assert size.width // size.heads % 32 == 0
+
+
+def test_the_stage_score_finds_all_it_reads(tiny_store):
+    step = next(step for step in stages.steps(tiny_store) if step.stage.name == "score")
+    store = Store(tiny_store.root)
+    stages.check_reads(step, store)
+    assert stages.why(step, store) == "not done yet"
+    assert store.manifest("groups")["rows"] == 12
+
+
+def test_lists_lie_in_the_part_of_their_query_and_start_with_the_instruction(tiny_store):
+    store = Store(tiny_store.root)
+    queries = []
+    for part in range(3):
+        found = store.read("groups", part=part)["query"].to_pylist()
+        assert set(tables.part_of(found, 3)) <= {part}
+        queries += found
+    assert len(set(queries)) == 12
+    assert len({tuple(query.split(" ")[:16]) for query in queries}) == 1
+
+
+def test_a_pair_has_as_many_tokens_as_asked_for_and_none_is_unknown(tiny_store):
+    store = Store(tiny_store.root)
+    tokens = Tokens.load(store.folder("teacher"))
+    groups = store.read("groups").to_pylist()
+    ids = [ids for group in groups for ids, _ in tokens.listed(group["query"], group["docs"])]
+    assert np.mean([len(pair) for pair in ids]) == pytest.approx(48 + 16, rel=0.1)
+    assert max(map(len, ids)) <= tokens.contract.max_tokens == 16 + 60
+    unknown = made_up.SPECIALS.index("<unk>")
+    assert not any(unknown in pair for pair in ids)
+    assert len({tuple(pair) for pair in ids}) == 48
+
+
+def test_a_query_has_the_same_list_in_every_store():
+    words = made_up.words(600)
+    once, again = (made_up.group(5, "a query", SHAPE, words, 1) for _ in range(2))
+    assert once == again
+    assert once != made_up.group(6, "a query", SHAPE, words, 1) != made_up.group(6, "a query", SHAPE, words, 2)
+
+
+def test_the_scores_of_the_random_teacher_differ(tiny_store):
+    from bench import peers
+
+    said = peers.transformers(tiny_store, peers.pairs(tiny_store, 20), threads=1)
+    assert said["pairs"] == 20
+    assert said["highest"] - said["lowest"] > 0.2
+
+
+def test_labels_of_a_store_are_those_of_its_pairs_and_as_many_others(tiny_store):
+    made_up.label(tiny_store, 100)
+    rows = runs.rows(Path(tiny_store.root) / "labels")
+    assert len(dict(rows)) == len(rows) == 100
+
+
+def test_a_store_made_again_with_more_queries_keeps_its_labels_and_its_teacher(tmp_path):
+    def store(queries):
+        return recipes.load(made_up.make(tmp_path, range(queries), made_up.TINY, SHAPE, parts=2))
+
+    few = store(3)
+    made_up.label(few, 12)
+    before = sorted(runs.rows(tmp_path / "run" / "labels"))
+    many = store(4)
+    made_up.label(many, 12)
+    after = sorted(runs.rows(tmp_path / "run" / "labels"))
+    assert len(before) == 12
+    assert len(after) == 16
+    assert {key for key, _ in before} < {key for key, _ in after}
+
+
+def test_labels_are_compared_with_those_of_an_undisturbed_run():
+    wanted = [("a", 1.0), ("b", 2.0), ("c", 3.0)]
+    assert runs.compare(wanted, wanted) == runs.Difference(0, 0, 0, 0.0)
+    mine = [("a", 1.0), ("a", 1.25), ("b", 1.5), ("x", 9.0)]
+    assert runs.compare(mine, wanted) == runs.Difference(keys_wrong=1, doubled=1, missing=1, most_difference=0.5)
+    assert runs.worst([runs.Difference(0, 1, 0, 0.5), runs.Difference(2, 0, 0, 0.25)]) == {
+        "keys_wrong": 2,
+        "doubled": 1,
+        "missing": 0,
+        "most_difference": 0.5,
+    }
+
+
+def batch(folder: Path, name: str, pairs: int) -> None:
+    """As the label store writes one: whole, under its final name."""
+    folder.mkdir(exist_ok=True)
+    rows = pa.table({"key": [f"{name}{n}" for n in range(pairs)], "score": [0.0] * pairs})
+    pq.write_table(rows, folder / "unfinished")
+    (folder / "unfinished").rename(folder / f"new-{name}.parquet")
+
+
+def test_a_batch_that_is_scored_again_counts_twice_and_one_that_stays_counts_once(tmp_path):
+    with runs.Written(tmp_path) as written:
+        batch(tmp_path / "teacher", "a", 8)
+        runs_until(lambda: written.pairs == 8)
+        batch(tmp_path / "teacher", "b", 4)
+        runs_until(lambda: written.pairs == 12)
+        batch(tmp_path / "teacher", "a", 8)
+        runs_until(lambda: written.pairs == 20)
+        (tmp_path / "teacher" / "new-a.parquet").unlink()
+    assert written.pairs == 20
+
+
+def runs_until(what) -> None:
+    """Waits two seconds at most."""
+    over = threading.Event()
+    for _ in range(200):
+        if what() or over.wait(0.01):
+            return
+    raise AssertionError("it did not come")
+
+
+def sleeper(title: str = "") -> subprocess.Popen:
+    """A shell with a child that sleeps under a title."""
+    program = f"{sys.executable} -c 'import time; time.sleep(60)' & wait"
+    named = f"exec -a '{title}' {program}" if title else program
+    return subprocess.Popen(["bash", "-c", f"({named}) & wait"])
+
+
+def test_a_worker_is_found_by_its_title_below_the_given_processes_alone():
+    process = sleeper("ray::MapWorker(MapBatches(Scorer)).submit")
+    try:
+        found = runs.until(lambda: runs.workers([process.pid], "Scorer"), process, 10)
+        assert len(found) == 1
+        assert found[0].pid != process.pid
+        assert not runs.workers([process.pid], "Trainer")
+        assert not runs.workers([2**22 + 1], "Scorer")
+    finally:
+        runs.end(process)
+    runs_until(lambda: not found[0].is_running() or found[0].status() == psutil.STATUS_ZOMBIE)
+
+
+def test_waiting_for_a_job_that_ended_or_never_comes_is_an_error():
+    process = sleeper()
+    with pytest.raises(runs.Broken, match=r"not there in 0 s"):
+        runs.until(lambda: None, process, 0.0)
+    runs.end(process)
+    with pytest.raises(runs.Broken, match="the job ended with -9"):
+        runs.until(lambda: None, process)
+
+
+def test_the_worst_kill_decides_over_all_of_a_kind():
+    fine, twice = (
+        exactly_once.Kill(runs.Difference(0, 0, 0, 1e-7), 0.0, share, survived)
+        for share, survived in ((0.03, True), (0.06, False))
+    )
+    scoring = exactly_once.Scoring(Path(), Path(), [("a", 1.0)] * 100, batch=3, engines=1, batch_s=1.0)
+    good = exactly_once.line("actor", [fine, fine], scoring)
+    assert good["claim"] == "exactly once: actor killed"
+    assert (good["times"], good["survived"], good["most_paid_twice_share"], good["bar"]) == (2, 2, 0.03, 0.05)
+    assert exactly_once.holds(good)
+    assert not exactly_once.holds(exactly_once.line("actor", [fine, twice], scoring))
+    for name in ("keys_wrong", "doubled", "missing"):
+        assert not exactly_once.holds(good | {name: 1})
+    assert not exactly_once.holds(good | {"most_difference": 2e-5})
+
+
+def test_an_unknown_claim_is_refused_before_anything_runs(capsys):
+    with pytest.raises(SystemExit):
+        score.main(["--small", "--only", "bare-vllm,sparkle"])
+    assert "no claim sparkle; there are bare-vllm" in capsys.readouterr().err
