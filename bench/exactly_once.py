@@ -51,6 +51,7 @@ class Scoring:
 class Kill:
     """What one kill did."""
 
+    moment: float  # share of the pairs that were written by then
     difference: Difference
     seen_twice: float  # share of the pairs whose score was written again
     paid_twice: float  # with the batches in flight
@@ -92,20 +93,23 @@ def disturb(kind: str, scoring: Scoring, made: Any, rng: random.Random, timeout_
     folder = runs.labels(scoring.recipe)
     shutil.rmtree(folder, ignore_errors=True)
     with runs.Written(folder) as written:
-        survived = killed_once(kind, scoring, made, written, rng, timeout_s)
+        survived, moment = killed_once(kind, scoring, made, written, rng, timeout_s)
         there = 0 if survived else len(dict(runs.rows(folder)))
         counts = runs.done(scoring.recipe, scoring.log, made.address, timeout_s)["counts"]
     mend(made)
     # A batch file that came and went unseen still shows in what the runs told, and the other way round.
     twice = max(counts["scored"] + there, written.pairs) - len(scoring.undisturbed)
     shares = [lost / len(scoring.undisturbed) for lost in (twice, twice + scoring.batch * scoring.engines)]
-    return Kill(runs.compare(runs.rows(folder), scoring.undisturbed), *shares, survived)
+    return Kill(moment, runs.compare(runs.rows(folder), scoring.undisturbed), *shares, survived)
 
 
 def killed_once(
     kind: str, scoring: Scoring, made: Any, written: runs.Written, rng: random.Random, timeout_s: float
-) -> bool:
-    """Whether a job came to a good end although one thing was killed under it."""
+) -> tuple[bool, float]:
+    """Whether a job came to a good end although one thing was killed under it, and after which share of its pairs.
+
+    Raises `Broken` where all pairs were written before.
+    """
     share, batches = rng.uniform(0.0, 0.8), rng.random()
     dying = {worker.pid for worker in runs.workers(raylets(made), SCORER)}  # of the job before
     job = runs.job(scoring.recipe, scoring.log, made.address)
@@ -115,11 +119,14 @@ def killed_once(
         runs.until(lambda: written.pairs > share * len(scoring.undisturbed), job, timeout_s)
         time.sleep(batches * scoring.batch_s)
         kill(kind, job.pid, actor, made)
+        moment = written.pairs / len(scoring.undisturbed)
+        if moment >= 1:
+            raise runs.Broken("all was scored before the kill: take more pairs, or smaller batches")
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(timeout_s)
     finally:
         runs.end(job)
-    return job.returncode == 0
+    return job.returncode == 0, moment
 
 
 def scorer(made: Any, dying: Collection[int] = ()) -> psutil.Process | None:
@@ -152,6 +159,7 @@ def line(kind: str, kills: Sequence[Kill], scoring: Scoring) -> Line:
     """The worst of all kills of one kind."""
     said = {"claim": f"exactly once: {kind} killed", "times": len(kills), "pairs": len(scoring.undisturbed)}
     said |= {"pairs_per_batch": scoring.batch, "survived": sum(each.survived for each in kills)}
+    said |= {"moments": [claims.shown(each.moment) for each in kills]}
     said |= runs.worst([each.difference for each in kills])
     said |= {"most_seen_twice_share": claims.shown(max(each.seen_twice for each in kills))}
     said |= {"most_paid_twice_share": claims.shown(max(each.paid_twice for each in kills)), "bar": MOST_TWICE}

@@ -141,14 +141,14 @@ def write_teacher(folder: Path, recipe: Recipe, seed: int) -> int:
         num_attention_heads=cfg.heads,
         num_key_value_heads=cfg.heads,
         max_position_embeddings=cfg.max_tokens,
-        initializer_range=0.05,
+        initializer_range=0.4 / cfg.width**0.5,  # as a trained model: more would blow up what rounding leaves
         num_labels=1,
         pad_token_id=SPECIALS.index("<pad>"),
         bos_token_id=SPECIALS.index("<s>"),
         eos_token_id=SPECIALS.index("</s>"),
     )
     model = LlamaForSequenceClassification(config)
-    torch.nn.init.normal_(model.score.weight, std=2 / cfg.width**0.5)
+    torch.nn.init.normal_(model.score.weight, std=1 / cfg.width**0.5)
     model.save_pretrained(folder)
     Tokens.agree(folder, "decoder", cfg).contract.save(folder)
     return sum(weights.numel() for weights in model.parameters())

@@ -108,7 +108,7 @@ def engine(folder: str, max_tokens: int, cfg: Score) -> Any:
     }
     from vllm import LLM
 
-    several = {"distributed_executor_backend": "ray" if cfg.gpus_per_actor else "mp"} if cfg.tensor_parallel > 1 else {}
+    several = {"distributed_executor_backend": "ray"} if cfg.tensor_parallel > 1 else {}
     return LLM(
         folder,
         runner="pooling",
@@ -128,7 +128,7 @@ def resources(cfg: Score, groups: list[PlacementGroup]) -> dict[str, Any]:
     """What one engine asks of Ray: for several devices a placement group, so that it gets all; added to `groups`."""
     if cfg.tensor_parallel == 1:
         return {"num_cpus": cfg.cpus_per_actor, "num_gpus": cfg.gpus_per_actor or None}
-    bundle = {"CPU": cfg.cpus_per_actor} | ({"GPU": 1} if cfg.gpus_per_actor else {})
+    bundle = {"CPU": cfg.cpus_per_actor, "GPU": 1}
 
     def together() -> dict[str, Any]:
         groups.append(placement_group([bundle] * cfg.tensor_parallel, strategy="STRICT_PACK"))
@@ -157,6 +157,6 @@ def _threads(cfg: Score) -> dict[str, str]:
     """One engine on CPUs takes every core; vLLM's own default keeps one back."""
     if cfg.gpus_per_actor or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         return {}
-    if cfg.tensor_parallel == 1 and max(cfg.actors, cfg.max_actors) == 1:
+    if max(cfg.actors, cfg.max_actors) == 1:
         return {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(cfg.cpus_per_actor)}

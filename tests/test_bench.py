@@ -239,7 +239,7 @@ def test_waiting_for_a_job_that_ended_or_never_comes_is_an_error():
 
 def test_the_worst_kill_decides_over_all_of_a_kind():
     fine, twice = (
-        exactly_once.Kill(runs.Difference(0, 0, 0, 1e-7), 0.0, share, survived)
+        exactly_once.Kill(0.5, runs.Difference(0, 0, 0, 1e-7), 0.0, share, survived)
         for share, survived in ((0.03, True), (0.06, False))
     )
     scoring = exactly_once.Scoring(Path(), Path(), [("a", 1.0)] * 100, batch=3, engines=1, batch_s=1.0)

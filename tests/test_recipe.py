@@ -87,6 +87,11 @@ def test_a_recipe_without_root_is_refused():
         ({"aggregate": {"validation_share": 0.5, "test_share": 0.5}}, "leave no query to train on"),
         ({"aggregate": {"head_share": 0.6, "torso_share": 0.5}}, "head_share and torso_share exceed 1"),
         ({"sample": {"judged": 1, "shown": 0, "bm25": 0, "random": 0}}, "fewer than the 2 documents"),
+        ({"score": {"actors": 3, "max_actors": 2}}, "max_actors 2 is less than actors 3"),
+        (
+            {"score": {"tensor_parallel": 2}},
+            "tensor_parallel shares an engine among GPUs: with it, gpus_per_actor is 1",
+        ),
         (
             {"finetune": {"tokens_per_batch": 383}},
             "finetune: tokens_per_batch 383 cannot hold one list of 6 documents",

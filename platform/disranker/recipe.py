@@ -159,8 +159,8 @@ class Score(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     actors: Count = 1  # engines
     max_actors: Amount = 0  # more than actors: the pool grows while there is a queue; 0: it does not
-    tensor_parallel: Count = 1  # GPUs, or on CPUs processes, that share one engine
-    cpus_per_actor: Count = 1  # of each of these
+    tensor_parallel: Count = 1  # GPUs that share one engine
+    cpus_per_actor: Count = 1  # for each of these GPUs
     gpus_per_actor: Amount = 0
     pairs_per_batch: Count = 512  # scored together and written together; what a crash costs at most, per engine
     max_batched_tokens: Count = 4096
@@ -172,8 +172,8 @@ class Score(Settings):
     def _pool(self) -> Self:
         if 0 < self.max_actors < self.actors:
             raise ValueError(f"max_actors {self.max_actors} is less than actors {self.actors}")
-        if self.tensor_parallel > 1 and self.gpus_per_actor > 1:
-            raise ValueError("gpus_per_actor counts for each of tensor_parallel: it is 0 or 1")
+        if self.tensor_parallel > 1 and self.gpus_per_actor != 1:
+            raise ValueError("tensor_parallel shares an engine among GPUs: with it, gpus_per_actor is 1")
         return self
 
 
