@@ -183,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if unknown := set(given.only.split(",")) - set(KINDS):
         parser.error(f"nothing to kill by the name {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    runs.end_on_sigterm()
     small = {"size": made_up.TINY, "pairs": 1_600, "pairs_per_batch": 32, "times": 1}
     plan = small if given.small else {"size": made_up.FULL, "pairs": 4_000, "pairs_per_batch": 128, "times": 5}
     plan |= {name: value for name in plan if (value := getattr(given, name, None))}

@@ -6,6 +6,7 @@ Only processes are ended that the caller started, or that stand below them.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -75,6 +76,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
     process.wait()
+
+
+def end_on_sigterm() -> None:
+    """From here on SIGTERM ends this process as Ctrl-C does: with all that it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def workers(roots: Iterable[int], word: str) -> list[psutil.Process]:

@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = given.only.split(",") if given.only else [name for name in CLAIMS if name not in ASKED_FOR]
     if unknown := set(chosen) - set(CLAIMS):
         parser.error(f"no claim {', '.join(sorted(unknown))}; there are {', '.join(CLAIMS)}")
+    runs.end_on_sigterm()
     own = {name: value for name in numbers if (value := getattr(given, name)) is not None}
     with tempfile.TemporaryDirectory(prefix="bench-score-") as folder:
         plan = Plan(**({"folder": Path(folder)} | (SMALL if given.small else {}) | own))

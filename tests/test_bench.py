@@ -237,6 +237,20 @@ def test_waiting_for_a_job_that_ended_or_never_comes_is_an_error():
         runs.until(lambda: None, process)
 
 
+def test_a_measurement_that_is_told_to_stop_ends_its_job_too():
+    program = (
+        "import subprocess, sys; from bench import runs; runs.end_on_sigterm()\n"
+        "job = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "try: print(job.pid, flush=True); job.wait()\n"
+        "finally: runs.end(job)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    job = psutil.Process(int(process.stdout.readline()))
+    process.terminate()
+    assert process.wait(timeout=10) == 143
+    assert not job.is_running()
+
+
 def test_the_worst_kill_decides_over_all_of_a_kind():
     fine, twice = (
         exactly_once.Kill(0.5, runs.Difference(0, 0, 0, 1e-7), 0.0, share, survived)
