@@ -154,9 +154,10 @@ def _reject(row: Row, reason: str) -> Row:
 
 
 def _threads(cfg: Score) -> dict[str, str]:
-    """One engine on CPUs takes every core; vLLM's own default keeps one back."""
+    """One engine on CPUs takes every core: vLLM's own default keeps one back, and Ray gives an actor one thread."""
     if cfg.gpus_per_actor or "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         return {}
     if max(cfg.actors, cfg.max_actors) == 1:
-        return {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
+        cores = os.cpu_count() or 1
+        return {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "OMP_NUM_THREADS": str(cores)}
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(cfg.cpus_per_actor)}

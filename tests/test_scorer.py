@@ -190,3 +190,13 @@ def test_several_devices_ask_for_a_placement_group_and_one_for_its_own():
     assert scorer.resources(Score(), []) == {"num_cpus": 1, "num_gpus": None}
     together = scorer.resources(Score(tensor_parallel=2, gpus_per_actor=1), [])
     assert together["num_cpus"] == 0 and callable(together["ray_remote_args_fn"])
+
+
+def test_one_engine_takes_all_cores_and_several_take_what_they_asked_for(monkeypatch):
+    monkeypatch.setattr(scorer.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert scorer._threads(Score()) == {"VLLM_CPU_OMP_THREADS_BIND": "0-7", "OMP_NUM_THREADS": "8"}
+    shared = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "3"}
+    assert scorer._threads(Score(actors=2, cpus_per_actor=3)) == shared
+    assert scorer._threads(Score(max_actors=2, cpus_per_actor=3)) == shared
+    assert scorer._threads(Score(gpus_per_actor=1)) == {}
