@@ -27,10 +27,6 @@ def within(claim: str, ours: Sequence[float], limit: float, unit: str, **more: A
     return against(claim, ours, [limit], unit, 1.0, **more) | {"peer": None, "limit": limit}
 
 
-def holds(line: Line) -> bool:
-    return line["bar"] is None or line["ratio"] >= line["bar"]
-
-
 def emit(line: Line, out: str | Path | None = None) -> None:
     """Prints the line, and adds it to the file `out` if one is given."""
     text = json.dumps(line)

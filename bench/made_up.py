@@ -122,36 +122,25 @@ def words(vocabulary: int) -> np.ndarray:
     return np.array(list(spelled), dtype=object)
 
 
-def write_teacher(folder: Path, recipe: Recipe, seed: int) -> int:
-    """A Llama with random weights, a score head wide enough that pairs differ, tokenizer, contract: its parameters."""
+def write_teacher(folder: Path, recipe: Recipe, seed: int) -> None:
+    """A Llama with random weights, a score head wide enough that pairs differ, tokenizer, contract."""
     import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import LlamaForSequenceClassification
     from transformers.utils import logging
+
+    from disranker import teacher
 
     logging.disable_progress_bar()
     cfg = recipe.teacher
     folder.mkdir(parents=True, exist_ok=True)
     _tokenizer(words(cfg.vocabulary)).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=cfg.vocabulary,
-        hidden_size=cfg.width,
-        intermediate_size=cfg.width * 3,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.heads,
-        max_position_embeddings=cfg.max_tokens,
-        initializer_range=0.4 / cfg.width**0.5,  # as a trained model: more would blow up what rounding leaves
-        num_labels=1,
-        pad_token_id=SPECIALS.index("<pad>"),
-        bos_token_id=SPECIALS.index("<s>"),
-        eos_token_id=SPECIALS.index("</s>"),
-    )
+    # Weights as wide as in a trained model: wider ones would blow up what rounding leaves.
+    config = teacher.llama(cfg, cfg.vocabulary, initializer_range=0.4 / cfg.width**0.5, num_labels=1)
     model = LlamaForSequenceClassification(config)
     torch.nn.init.normal_(model.score.weight, std=1 / cfg.width**0.5)
     model.save_pretrained(folder)
     Tokens.agree(folder, "decoder", cfg).contract.save(folder)
-    return sum(weights.numel() for weights in model.parameters())
 
 
 def write_groups(store: Store, queries: range, shape: Shape, vocabulary: np.ndarray, seed: int, parts: int) -> None:

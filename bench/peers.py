@@ -48,27 +48,11 @@ def vllm(recipe: Recipe, ids: Ids, orders: Sequence[str] = ("contiguous",)) -> d
 
 
 def _engine(recipe: Recipe) -> Any:
-    """With the settings of the stage `score`: the cores, the memory, the block and batch sizes."""
-    cfg, folder = recipe.score, Store(recipe.root).folder("teacher")
-    os.environ |= {
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
-        "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    from vllm import LLM
+    """That of the stage `score`, outside of Ray."""
+    from jobs import scorer
 
-    longest = Tokens.load(folder).contract.max_tokens
-    return LLM(
-        folder,
-        runner="pooling",
-        convert="classify",
-        dtype=cfg.dtype,
-        enforce_eager=True,
-        max_model_len=longest,
-        max_num_batched_tokens=max(cfg.max_batched_tokens, longest),
-        block_size=cfg.block_tokens,
-        seed=0,
-    )
+    folder = Store(recipe.root).folder("teacher")
+    return scorer.engine(folder, Tokens.load(folder).contract.max_tokens, recipe.score)
 
 
 def _classified(engine: Any, ids: Ids) -> dict[str, Any]:

@@ -10,17 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pyarrow.parquet as pq
 import yaml
+
+from jobs.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 LOOK_EVERY_S = 0.01
@@ -173,29 +173,18 @@ def worst(differences: Sequence[Difference]) -> dict[str, Any]:
     return {name: max(getattr(each, name) for each in differences) for name in Difference.__dataclass_fields__}
 
 
-class Written:
+class Written(Watch):
     """Counts pairs by every version of every batch file that appears in a folder of labels while it is open.
 
     A batch that is scored again replaces its file, so neither the files at the end nor the counts of a run show it.
     """
 
+    every_s = LOOK_EVERY_S
+
     def __init__(self, folder: Path):
         self.pairs = 0
         self._folder = folder
         self._seen: set[tuple[str, int, int]] = set()
-        self._over = threading.Event()
-        self._watch = threading.Thread(target=self._watching, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._watch.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._watch.join()
-        self.look()
 
     def look(self) -> None:
         """Counts what is new. A file that is compacted away at this very moment is not counted."""
@@ -206,7 +195,3 @@ class Written:
                 if version not in self._seen:
                     self.pairs += pq.read_metadata(path).num_rows
                     self._seen.add(version)
-
-    def _watching(self) -> None:
-        while not self._over.wait(LOOK_EVERY_S):
-            self.look()

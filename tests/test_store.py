@@ -150,6 +150,21 @@ def test_a_write_that_died_leaves_the_part_that_was_there(at, monkeypatch):
     assert [Path(path).read_bytes() for path in at.written("documents")] == [before]
 
 
+def test_a_place_that_cannot_be_written_to_is_named_by_its_own_error(at, monkeypatch):
+    class ReadOnly:
+        def __getattr__(self, name):
+            return getattr(filesystem, name)
+
+        def open_output_stream(self, path):
+            raise OSError("read-only file system")
+
+    filesystem = at.fs
+    monkeypatch.setattr(at, "fs", ReadOnly())
+    monkeypatch.setattr(Store, "local", True)
+    with pytest.raises(OSError, match="read-only file system"):
+        at.write("documents", 0, DOCS)
+
+
 def test_a_relative_root_stays_where_it_was_when_the_store_was_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store("runs").uri == str(tmp_path / "runs") and Store("file:///a/b").uri == "file:///a/b"

@@ -39,6 +39,7 @@ from disranker.store import Store
 FORMAT = 1  # of the files above; a store of a higher one is refused
 PARTITIONS = "0123456789abcdef"  # the first character of a key
 BINS = 20  # of the histogram
+LEFT_S = 24 * 3600.0  # until what a run has begun is held to be left by a dead one
 READS = 8  # of files that another process may be compacting
 SCHEMA = pa.schema([("key", pa.string()), ("score", pa.float32())])
 T = TypeVar("T")
@@ -109,10 +110,10 @@ class Labels:
         self.store.put_text("", "labels", self.teacher, mark)
         return [*earlier, mark]
 
-    def sweep(self, older_than_s: float = 24 * 3600) -> None:
-        """Removes what killed runs left half-done."""
+    def sweep(self) -> None:
+        """Removes what killed runs left half-done a day ago: what is younger may belong to a run that goes on."""
         selector = fs.FileSelector(self.store.at("labels", self.teacher), allow_not_found=True)
-        limit = time.time() - older_than_s
+        limit = time.time() - LEFT_S
         left = [f for f in self.store.fs.get_file_info(selector) if f.mtime and f.mtime.timestamp() < limit]
         self.drop(f.base_name for f in left if f.base_name.startswith("trying-") or f.extension == "unfinished")
 

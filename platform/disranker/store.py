@@ -4,6 +4,7 @@ A table is `root/<name>/part-*.parquet`. Its `manifest.json` is written last and
 does not exist, whatever files a killed stage left.
 """
 
+import contextlib
 import fnmatch
 import json
 import tempfile
@@ -164,7 +165,8 @@ class Store:
                 self.fs.move(unfinished, path)
         except OSError:  # a full disk: what was begun would stay and fill it
             if self.local:
-                self.fs.delete_file(unfinished)
+                with contextlib.suppress(FileNotFoundError):  # it could not even be opened
+                    self.fs.delete_file(unfinished)
             raise
 
 

@@ -15,7 +15,7 @@ from disranker.recipe import Finetune
 from disranker.recipe import Teacher as TeacherSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import LlamaConfig, PreTrainedModel
 
 VALIDATION_BATCH = 32  # items scored together when validating
 
@@ -23,7 +23,7 @@ VALIDATION_BATCH = 32  # items scored together when validating
 def scratch(folder: str | Path, texts: Iterable[str], cfg: TeacherSettings, seed: int) -> None:
     """Writes a small Llama with random weights and a byte-level BPE tokenizer of the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,8 +38,15 @@ def scratch(folder: str | Path, texts: Iterable[str], cfg: TeacherSettings, seed
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+    LlamaForCausalLM(llama(cfg, tokenizer.get_vocab_size(), tie_word_embeddings=True)).save_pretrained(folder)
+
+
+def llama(cfg: TeacherSettings, vocabulary: int, **more: Any) -> "LlamaConfig":
+    """A Llama of the recipe's size whose tokens begin with <pad>, <s>, </s>; `more` goes to the config as it is."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=cfg.width,
         intermediate_size=cfg.width * 3,
         num_hidden_layers=cfg.layers,
@@ -49,9 +56,8 @@ def scratch(folder: str | Path, texts: Iterable[str], cfg: TeacherSettings, seed
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        tie_word_embeddings=True,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def copy(base: str, folder: str | Path, form: Form) -> None:
