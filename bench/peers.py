@@ -48,11 +48,12 @@ def vllm(recipe: Recipe, ids: Ids, orders: Sequence[str] = ("contiguous",)) -> d
 
 
 def _engine(recipe: Recipe) -> Any:
-    """That of the stage `score`, outside of Ray."""
+    """That of the stage `score`, outside of Ray, with all cores to itself whatever pool the stage has."""
     from jobs import scorer
+    from jobs.score import ONE
 
     folder = Store(recipe.root).folder("teacher")
-    return scorer.engine(folder, Tokens.load(folder).contract.max_tokens, recipe.score)
+    return scorer.engine(folder, Tokens.load(folder).contract.max_tokens, recipe.score.model_copy(update=ONE))
 
 
 def _classified(engine: Any, ids: Ids) -> dict[str, Any]:

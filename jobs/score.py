@@ -188,7 +188,7 @@ def _has(resource: str) -> float:
 def _room(cfg: Score) -> int:
     """How many engines fit into the cluster; one CPU reads and tokenises."""
     cpus, gpus = cfg.cpus_per_actor * cfg.tensor_parallel, cfg.gpus_per_actor * cfg.tensor_parallel
-    by_cpu = int((_has("CPU") - 1) // cpus)
+    by_cpu = int(round((_has("CPU") - 1) / cpus, 6))
     return min(by_cpu, int(_has("GPU") // gpus)) if gpus else by_cpu
 
 

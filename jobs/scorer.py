@@ -1,6 +1,7 @@
 """The teacher on vLLM, as an actor of Ray Data: batches of pairs in, their labels in the store, what was done out."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -160,4 +161,4 @@ def _threads(cfg: Score) -> dict[str, str]:
     if max(cfg.actors, cfg.max_actors) == 1:
         cores = os.cpu_count() or 1
         return {"VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "OMP_NUM_THREADS": str(cores)}
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(cfg.cpus_per_actor)}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(math.ceil(cfg.cpus_per_actor))}

@@ -266,6 +266,43 @@ def test_the_worst_kill_decides_over_all_of_a_kind():
     assert not exactly_once.holds(good | {"most_difference": 2e-5})
 
 
+def test_two_jobs_may_both_pay_but_not_differ():
+    two = {"claim": "two", "seen_twice_share": 1.0} | runs.worst([runs.Difference(0, 0, 0, 1e-7)])
+    assert exactly_once.holds(two)
+    assert not exactly_once.holds(two | {"doubled": 1})
+
+
+def test_bare_vllm_has_all_cores_whatever_the_pool_of_the_stage(monkeypatch, tiny_store):
+    from bench import peers
+    from jobs import scorer
+
+    pool = tiny_store.score.model_copy(update=score.POOLS["an engine on each core"] | {"max_actors": 3})
+    monkeypatch.setattr(scorer, "engine", lambda folder, most, cfg: cfg)
+    cfg = peers._engine(tiny_store.model_copy(update={"score": pool}))
+    assert (cfg.actors, cfg.max_actors, cfg.pairs_per_batch) == (1, 0, 64)
+
+
+@pytest.mark.parametrize("faster", score.POOLS)
+def test_the_faster_pool_scores_all_pairs(monkeypatch, tmp_path, faster):
+    plan = score.Plan(tmp_path, pairs=400, sample_pairs=40, bf16_pairs=20)
+    made = []
+
+    def make(folder, queries, size, shape, score, seed):
+        made.append((len(queries) * shape.documents, score))
+        return folder
+
+    def run(plan, recipe, labels=None):
+        return {"counts": {"scored": 10, "scoring_s": 1.0 if recipe.name.startswith(faster) else 2.0}}
+
+    monkeypatch.setattr(made_up, "make", make)
+    monkeypatch.setattr(score.Plan, "run", run)
+    score.whole(plan)
+    assert made[-1] == (400, score.POOLS[faster])
+    assert [pairs for pairs, _ in made[:-1]] == [40] * len(score.POOLS)
+    assert score.pool(plan, "bfloat16") == faster
+    assert made[-1] == (20, {"dtype": "bfloat16"} | list(score.POOLS.values())[-1])
+
+
 def test_an_unknown_claim_is_refused_before_anything_runs(capsys):
     with pytest.raises(SystemExit):
         score.main(["--small", "--only", "bare-vllm,sparkle"])

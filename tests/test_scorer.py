@@ -199,4 +199,23 @@ def test_one_engine_takes_all_cores_and_several_take_what_they_asked_for(monkeyp
     shared = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "3"}
     assert scorer._threads(Score(actors=2, cpus_per_actor=3)) == shared
     assert scorer._threads(Score(max_actors=2, cpus_per_actor=3)) == shared
+    alone = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    assert scorer._threads(Score(actors=2, cpus_per_actor=0.5)) == alone
     assert scorer._threads(Score(gpus_per_actor=1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "cfg", "engines"),
+    [
+        (2, 0, Score(), 1),
+        (2, 0, Score(cpus_per_actor=0.5), 2),
+        (2, 0, Score(cpus_per_actor=0.1), 10),  # 1 // 0.1 is 9
+        (1, 0, Score(), 0),
+        (16, 4, Score(gpus_per_actor=1), 4),
+        (16, 4, Score(gpus_per_actor=1, tensor_parallel=2), 2),
+        (3, 4, Score(gpus_per_actor=1), 2),
+    ],
+)
+def test_one_cpu_is_kept_for_reading_and_engines_share_the_rest(monkeypatch, cpus, gpus, cfg, engines):
+    monkeypatch.setattr(score, "_has", {"CPU": cpus, "GPU": gpus}.get)
+    assert score._room(cfg) == engines

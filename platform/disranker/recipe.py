@@ -160,7 +160,7 @@ class Score(Settings):
     actors: Count = 1  # engines
     max_actors: Amount = 0  # more than actors: the pool grows while there is a queue; 0: it does not
     tensor_parallel: Count = 1  # GPUs that share one engine
-    cpus_per_actor: Count = 1  # for each of these GPUs
+    cpus_per_actor: Positive = 1  # for each of these GPUs; 0.5 leaves Ray room to read, and is one thread
     gpus_per_actor: Amount = 0
     pairs_per_batch: Count = 512  # scored together and written together; what a crash costs at most, per engine
     max_batched_tokens: Count = 4096
