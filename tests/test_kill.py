@@ -99,6 +99,23 @@ def test_score_outlives_its_engine_and_pays_for_at_most_one_batch_twice(cluster,
     assert not list(root.glob("labels/*/trying-*"))
 
 
+@pytest.mark.slow
+def test_two_jobs_at_once_on_one_store_lose_and_double_no_label(cluster, tiny, tiny_run, tmp_path):
+    root = copy_without(tiny_run, tmp_path, "labels")
+    content = tiny | {"root": str(root), "score": tiny["score"] | {"cpus_per_actor": 0.5}}  # room for two engines
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    both = [start(content, folder, "score", cluster.address) for folder in folders]
+    try:
+        for job, folder in zip(both, folders, strict=True):
+            assert job.wait(timeout=300) == 0, (folder / "log").read_text()
+    finally:
+        for job in both:
+            runs.end(job)
+    assert_same_labels(Store(str(root)), tiny_run)
+
+
 def assert_same_labels(store: Store, undisturbed: Store) -> None:
     mine, wanted = (runs.rows(Path(each.at("labels"))) for each in (store, undisturbed))
     difference = runs.compare(mine, wanted)
