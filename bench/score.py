@@ -90,8 +90,7 @@ def bare_vllm(plan: Plan) -> Iterator[Line]:
 
 def transformers(plan: Plan, dtype: str = "float32", bar: float = 1.5) -> Iterator[Line]:
     """The stage against padded batches of like length, with the better number of threads; by turns."""
-    pairs = plan.pairs_of(dtype)
-    recipe = plan.store(dtype, range(pairs), dtype=dtype, **POOLS[pool(plan, dtype)])
+    recipe = sample(plan, dtype, pool(plan, dtype))
     ours: list[dict[str, Any]] = []
     rates: dict[int, list[float]] = {threads: [] for threads in sorted({1, CORES})}
     for _ in range(plan.runs):
@@ -100,7 +99,7 @@ def transformers(plan: Plan, dtype: str = "float32", bar: float = 1.5) -> Iterat
             said = runs.measured("bench.peers", "transformers", "--recipe", recipe, "--threads", threads)
             measured.append(said["rate"])
     best = max(rates, key=lambda threads: statistics.median(rates[threads]))
-    more = {"pairs": pairs, "pool": pool(plan, dtype), "peer_threads": best}
+    more = {"pairs": plan.pairs_of(dtype), "pool": pool(plan, dtype), "peer_threads": best}
     yield claims.against(f"score: vs transformers, {dtype}", _rates(ours), rates[best], "pairs/s", bar, **more)
 
 
@@ -171,12 +170,13 @@ def whole(plan: Plan) -> Path:
 @functools.cache
 def pool(plan: Plan, dtype: str) -> str:
     """The faster way to spread the cores over engines."""
-    stores = {
-        name: plan.store(f"{name} {dtype}", range(plan.pairs_of(dtype)), dtype=dtype, **engines)
-        for name, engines in POOLS.items()
-    }
-    rates = {name: _rates([plan.run(recipe)["counts"]])[0] for name, recipe in stores.items()}
+    rates = {name: _rates([plan.run(sample(plan, dtype, name))["counts"]]) for name in POOLS}
     return max(rates, key=lambda name: rates[name])
+
+
+def sample(plan: Plan, dtype: str, engines: str) -> Path:
+    """The recipe of a store with enough pairs for a rate, scored by that pool."""
+    return plan.store(f"{engines} {dtype}", range(plan.pairs_of(dtype)), dtype=dtype, **POOLS[engines])
 
 
 def _nothing(plan: Plan, recipe: Path, pairs: int) -> Iterator[Line]:

@@ -267,7 +267,7 @@ def test_the_worst_kill_decides_over_all_of_a_kind():
 
 
 def test_two_jobs_may_both_pay_but_not_differ():
-    two = {"claim": "two", "seen_twice_share": 1.0} | runs.worst([runs.Difference(0, 0, 0, 1e-7)])
+    two = {"most_paid_twice_share": 1.0, "bar": None} | runs.worst([runs.Difference(0, 0, 0, 1e-7)])
     assert exactly_once.holds(two)
     assert not exactly_once.holds(two | {"doubled": 1})
 

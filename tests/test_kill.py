@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench import runs
+from bench import exactly_once, runs
 from disranker import recipe
 from disranker.store import Store
 from jobs import pipeline
@@ -103,17 +103,11 @@ def test_score_outlives_its_engine_and_pays_for_at_most_one_batch_twice(cluster,
 def test_two_jobs_at_once_on_one_store_lose_and_double_no_label(cluster, tiny, tiny_run, tmp_path):
     root = copy_without(tiny_run, tmp_path, "labels")
     content = tiny | {"root": str(root), "score": tiny["score"] | {"cpus_per_actor": 0.5}}  # room for two engines
-    folders = [tmp_path / name for name in ("one", "other")]
-    for folder in folders:
-        folder.mkdir()
-    both = [start(content, folder, "score", cluster.address) for folder in folders]
-    try:
-        for job, folder in zip(both, folders, strict=True):
-            assert job.wait(timeout=300) == 0, (folder / "log").read_text()
-    finally:
-        for job in both:
-            runs.end(job)
-    assert_same_labels(Store(str(root)), tiny_run)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    undisturbed = runs.rows(Path(tiny_run.at("labels")))
+    scoring = exactly_once.Scoring(path, tmp_path / "log", undisturbed, tiny["score"]["pairs_per_batch"], 1, 0.0)
+    assert exactly_once.holds(exactly_once.two(scoring, cluster, timeout_s=300))
 
 
 def assert_same_labels(store: Store, undisturbed: Store) -> None:
