@@ -35,10 +35,15 @@ def pairs(recipe: Recipe, most: int | None = None) -> Ids:
     return found[:most]
 
 
-def vllm(recipe: Recipe, ids: Ids, orders: Sequence[str] = ("contiguous",)) -> dict[str, Any]:
-    """One call of `LLM.classify` for each order of the pairs, each with an empty cache; the start stands apart."""
+def vllm(
+    recipe: Recipe, ids: Ids, orders: Sequence[str] = ("contiguous",), cache_blocks: int | None = None
+) -> dict[str, Any]:
+    """One call of `LLM.classify` for each order of the pairs, each with an empty cache; the start stands apart.
+
+    The cache is as large as the recipe says, or holds `cache_blocks`.
+    """
     began = time.monotonic()
-    engine = _engine(recipe)
+    engine = _engine(recipe, **({"num_gpu_blocks_override": cache_blocks} if cache_blocks else {}))
     said: dict[str, Any] = {"start_s": time.monotonic() - began}
     for order in orders:
         engine.reset_prefix_cache()
@@ -47,13 +52,13 @@ def vllm(recipe: Recipe, ids: Ids, orders: Sequence[str] = ("contiguous",)) -> d
     return said
 
 
-def _engine(recipe: Recipe) -> Any:
+def _engine(recipe: Recipe, **more: Any) -> Any:
     """That of the stage `score`, outside of Ray, with all cores to itself whatever pool the stage has."""
     from jobs import scorer
     from jobs.score import ONE
 
     folder = Store(recipe.root).folder("teacher")
-    return scorer.engine(folder, Tokens.load(folder).contract.max_tokens, recipe.score.model_copy(update=ONE))
+    return scorer.engine(folder, Tokens.load(folder).contract.max_tokens, recipe.score.model_copy(update=ONE), **more)
 
 
 def _classified(engine: Any, ids: Ids) -> dict[str, Any]:
@@ -113,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, help="the first so many pairs; default all")
     parser.add_argument("--dtype", help="default that of the recipe")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS[:1], help="vllm: of a query's documents")
+    parser.add_argument("--cache-blocks", type=int, help="vllm: size of the cache; default as the recipe says")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="transformers")
     parser.add_argument("--small", action="store_true", help="make up a tiny store")
     given = parser.parse_args(argv)
@@ -122,7 +128,11 @@ def main(argv: list[str] | None = None) -> int:
         path = given.recipe or made_up.make(Path(folder), range(10 if given.small else 100), size)
         recipe = recipes.load(path, [f"score.dtype={given.dtype}"] if given.dtype else [])
         ids = pairs(recipe, given.pairs)
-        said = vllm(recipe, ids, given.orders) if given.peer == "vllm" else transformers(recipe, ids, given.threads)
+        said = (
+            vllm(recipe, ids, given.orders, given.cache_blocks)
+            if given.peer == "vllm"
+            else transformers(recipe, ids, given.threads)
+        )
     print(json.dumps(said), flush=True)
     return 0
 

@@ -101,8 +101,8 @@ class Scorer:
         return [_reject(row, reason) for row, (_, reason) in zip(rows, found, strict=True) if reason]
 
 
-def engine(folder: str, max_tokens: int, cfg: Score) -> Any:
-    """A vLLM that classifies; in this process, unless several processes share it."""
+def engine(folder: str, max_tokens: int, cfg: Score, **more: Any) -> Any:
+    """A vLLM that classifies, with `more` of its settings; in this process, unless several processes share it."""
     os.environ |= _threads(cfg) | {
         "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -122,6 +122,7 @@ def engine(folder: str, max_tokens: int, cfg: Score) -> Any:
         tensor_parallel_size=cfg.tensor_parallel,
         seed=0,
         **several,
+        **more,
     )
 
 
