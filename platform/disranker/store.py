@@ -9,8 +9,9 @@ import fnmatch
 import json
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -134,6 +135,10 @@ class Store:
 
     def put_text(self, text: str, *names: str) -> None:
         self._put(self.at(*names), lambda out: out.write(text.encode()))
+
+    def put(self, write: Callable[[IO[bytes]], None], *names: str) -> None:
+        """One file, whole or absent; without names, the root itself is the file."""
+        self._put(self.at(*names), write)
 
     def put_folder(self, folder: str | Path, name: str) -> None:
         """A local folder as an artefact (its manifest is committed apart)."""
