@@ -1,37 +1,20 @@
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from disranker import clicks, tables
 
-EXAMINED = [1 / rank**0.7 for rank in range(1, 11)]
 
-
-def search(query, *hits):
+def search(query, *hits, **others):
     """A result page; hits are (doc_id, position, clicked, dwell_s)."""
     names = ("doc_id", "position", "clicked", "dwell_s", "converted")
     shown = [dict(zip(names, (*found, False), strict=True)) for found in hits]
-    return {"query_id": "q", "query": query, "client": "c", "time": None, "hits": shown}
+    return {"query_id": "q", "query": query, "client": "c", "time": None, "hits": shown} | others
 
 
-def counted(*searches):
-    return clicks.merge(clicks.counts(tables.conform("searches", list(searches))))
-
-
-def pbm_log(pages=4000, queries=8, seed=0, shuffled=True):
-    """Counts of a simulated log: 12 documents a query, 10 shown, clicked if examined and attractive."""
-    rng = np.random.default_rng(seed)
-    attractive = rng.uniform(0.05, 0.7, (queries, 12))
-    rows = []
-    for query in rng.integers(queries, size=pages):
-        order = rng.permutation(12)[:10] if shuffled else np.argsort(-attractive[query])[:10]
-        clicked = rng.random(10) < np.array(EXAMINED) * attractive[query, order]
-        rows += [
-            (f"q{query}", f"d{doc}", rank + 1, int(c)) for rank, (doc, c) in enumerate(zip(order, clicked, strict=True))
-        ]
-    frame = pl.DataFrame(rows, schema=["query", "doc_id", "position", "clicks"], orient="row")
-    frame = frame.with_columns(impressions=pl.lit(1), dwell_sum_s=pl.lit(0.0), dwells=pl.lit(0))
-    return clicks.merge(frame.select(pl.col(name).cast(kind) for name, kind in clicks.COUNTS.items())), attractive
+def counts(*searches, satisfied_dwell_s=15.0):
+    return clicks.counts(tables.conform("searches", list(searches)), satisfied_dwell_s)
 
 
 PAGES = (
@@ -40,17 +23,11 @@ PAGES = (
     search("shoe", ("a", 1, False, None), ("b", 2, False, None)),
     search("coat", ("a", 1, False, None), ("b", 11, True, 5.0)),
 )
-
-
-# Of 4 pages, a is clicked on 2, b on 1: examined starts at [1, 1 / sqrt 2], attractive at the mean, 3 / 8.
-FOUR = [
-    search("q", ("a", 1, first, None), ("b", 2, second, None))
-    for first, second in ((True, True), (True, False), (False, False), (False, False))
-]
+SEEN = ["query", "doc_id", "position", "examined", "satisfied"]
 
 
 def test_counts_of_4_pages_by_hand():
-    assert counted(*PAGES).rows() == [
+    assert counts(*PAGES).drop("examined", "satisfied").rows() == [
         ("coat", "a", 1, 1, 0, 0.0, 0),
         ("coat", "b", 11, 1, 1, 5.0, 1),
         ("shoe", "a", 1, 2, 1, 10.0, 1),
@@ -60,95 +37,102 @@ def test_counts_of_4_pages_by_hand():
     ]
 
 
+def test_examined_is_down_to_the_last_click_and_all_of_a_page_without_one():
+    pages = [
+        search("q", ("a", 1, False, None), ("b", 2, True, None), ("c", 3, False, None)),
+        search("q", ("a", 1, True, None), ("b", 2, False, None), ("c", 3, False, None)),
+        search("q", ("c", 3, False, None)),
+    ]
+    found = {row["doc_id"]: row["examined"] for row in counts(*pages).to_dicts()}
+    assert found == {"a": 2, "b": 1, "c": 1}
+
+
+def test_a_page_that_starts_at_11_is_a_list_of_its_own():
+    pages = [
+        search("q", ("a", 1, True, None), ("b", 2, False, None)),
+        search("q", ("c", 11, False, None), ("d", 12, True, None), ("e", 13, False, None)),
+    ]
+    assert counts(*pages)["examined"].to_list() == [1, 0, 1, 1, 0]
+
+
+def test_hits_out_of_order_are_examined_by_position():
+    assert counts(search("q", ("c", 3, False, None), ("a", 1, False, None), ("b", 2, True, None)))[
+        "examined"
+    ].to_list() == [1, 1, 0]
+
+
+def test_a_click_satisfies_by_dwell_and_as_the_last_one_where_dwell_is_not_known():
+    page = search("q", ("a", 1, True, 15.0), ("b", 2, True, 14.9), ("c", 3, True, None), ("d", 4, True, None))
+    assert counts(page)["satisfied"].to_list() == [1, 0, 0, 1]
+    assert counts(page, satisfied_dwell_s=15.5)["satisfied"].to_list() == [0, 0, 0, 1]
+    assert counts(search("q", ("a", 1, False, 99.0)))["satisfied"].to_list() == [0]
+
+
+def test_without_positions_impressions_and_clicks_are_counted_all_the_same():
+    found = counts(search("q", ("a", None, True, None), ("b", None, False, None)), search("q", ("a", None, True, 30.0)))
+    assert found.rows() == [("q", "a", None, 2, 2, 30.0, 1, 2, 1), ("q", "b", None, 1, 0, 0.0, 0, 0, 0)]
+
+
+def test_position_0_is_not_mistaken_for_an_unknown_one():
+    found = counts(search("q", ("a", 0, True, None)), search("q", ("a", None, False, None)))
+    assert sorted(found["position"].to_list(), key=str) == [0, None]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_counts_of_2_batches_merge_to_the_counts_of_one(cut):
-    batches = [clicks.counts(tables.conform("searches", list(part))) for part in (PAGES[:cut], PAGES[cut:])]
-    assert clicks.merge(pl.concat(batches)).equals(counted(*PAGES))
+    pages = [*PAGES, search("shoe", ("a", None, True, 2.0))] * 2
+    assert clicks.merge(pl.concat([counts(*pages[:cut]), counts(*pages[cut:])])).equals(counts(*pages))
 
 
-def test_the_examination_curve_of_a_shuffled_log_is_found_within_005():
-    found = clicks.examination(pbm_log()[0], rounds=60, prior_impressions=4.0)
-    assert list(found) == list(range(1, 11)) and found[1] == 1.0
-    assert [found[rank] for rank in range(1, 11)] == pytest.approx(EXAMINED, abs=0.05)
+def test_counts_are_the_same_from_types_that_polars_hands_out():
+    searches = tables.conform("searches", list(PAGES))
+    assert clicks.counts(pl.DataFrame(searches).to_arrow(), 15.0).equals(counts(*PAGES))
+    assert clicks.counts(pa.concat_tables([searches[:1], searches[1:]]), 15.0).equals(counts(*PAGES))
 
 
-def test_attractiveness_by_that_curve_is_found_within_01_and_better_than_by_plain_clicks():
-    log, attractive = pbm_log()
-    curve = clicks.examination(log, rounds=60, prior_impressions=4.0)
-    errors = []
-    for examined in (curve, dict.fromkeys(curve, 1.0)):
-        done, looks = clicks.expected(log, examined)
-        rows = clicks.evidence(log, examined, done / looks, 4.0).to_pylist()
-        errors.append(
-            [abs(row["attractiveness"] - attractive[int(row["query"][1:]), int(row["doc_id"][1:])]) for row in rows]
-        )
-    assert np.mean(errors[0]) < 0.05 and max(errors[0]) < 0.2 and np.mean(errors[1]) > 0.15
+def test_no_searches_and_no_hits_have_no_counts():
+    empty = tables.SCHEMAS["searches"].empty_table()
+    assert clicks.counts(empty, 15.0).schema == pl.Schema(clicks.COUNTS)
+    assert counts(search("q")).height == clicks.merge(clicks.counts(empty, 15.0)).height == 0
+    assert clicks.totals(clicks.counts(empty, 15.0)).height == clicks.shuffled(empty).height == 0
 
 
-def test_one_round_by_hand():
-    log = counted(*FOUR)
-    e, a = np.array([1, 2**-0.5]), 3 / 8
-    clicked, unclicked = np.array([2, 1]), np.array([2, 3])
-    examined = (clicked + unclicked * e * (1 - a) / (1 - e * a)) / 4
-    found = clicks.examination(log, rounds=1, prior_impressions=4.0)
-    assert [found[1], found[2]] == pytest.approx([1, examined[1] / min(examined[0], 0.999)])
+def test_shuffled_counts_only_first_pages_that_are_marked():
+    pages = [
+        search("q", ("a", 1, True, None), ("b", 2, False, None), shuffled=True),
+        search("p", ("b", 1, False, None), ("a", 2, False, None), shuffled=True),
+        search("q", ("a", 1, True, None), shuffled=False),
+        search("q", ("a", 1, True, None), shuffled=None),
+        search("q", ("a", 11, True, None), ("b", 12, True, None), shuffled=True),
+    ]
+    found = clicks.shuffled(tables.conform("searches", pages))
+    assert found.rows() == [(1, 2, 1), (2, 2, 0)]
+    assert clicks.add([found, found]).rows() == [(1, 4, 2), (2, 4, 0)]
 
 
-def test_two_rounds_by_hand_use_the_prior_of_the_first():
-    log = counted(*FOUR)
-    e, a = np.array([1, 2**-0.5]), np.array([3 / 8, 3 / 8])
-    clicked, unclicked = np.array([2, 1]), np.array([2, 3])
-    for _ in range(2):
-        seen = (clicked + unclicked * e * (1 - a) / (1 - e * a)) / 4
-        liked = clicked + unclicked * a * (1 - e) / (1 - e * a)
-        e, a = np.minimum(seen, 0.999), (liked + 2 * liked.sum() / 8) / (4 + 2)
-    found = clicks.examination(log, rounds=2, prior_impressions=2.0)
-    assert found[2] == pytest.approx(e[1] / e[0])
+def test_totals_of_2_parts_add_up():
+    whole = counts(*PAGES)
+    assert clicks.add([clicks.totals(whole[:2]), clicks.totals(whole[2:])]).equals(clicks.totals(whole))
+    assert clicks.totals(whole).rows() == [(1, 4, 2, 4, 0), (2, 3, 1, 2, 1), (11, 1, 1, 1, 0)]
 
 
-def test_without_clicks_every_position_counts_as_examined():
-    log = counted(search("q", ("a", 1, False, None), ("b", 5, False, None)))
-    assert clicks.examination(log, 30, 4.0) == {1: 1.0, 5: 1.0}
+def test_thinning_halves_each_kind_and_loses_nothing():
+    columns = {"impressions": 90_000, "clicks": 4000, "examined": 40_000, "satisfied": 1000}
+    row = counts(*PAGES)[:1].with_columns(pl.lit(n, pl.Int64).alias(name) for name, n in columns.items())
+    kept, held = clicks.thin(row, 0.25, [1, 2])
+    for name, n in columns.items():
+        assert kept[name][0] + held[name][0] == n
+        assert held[name][0] == pytest.approx(n / 4, abs=4 * np.sqrt(n * 3 / 16))
+    assert held.equals(clicks.thin(row, 0.25, [1, 2])[1]) and not held.equals(clicks.thin(row, 0.25, [1, 3])[1])
 
 
-def test_evidence_by_hand():
-    # shoe a: 2 looks at 1 and half a look at 2, 2 clicks: (2 + 4 * 0.5) / (2.5 + 4)
-    rows = clicks.evidence(counted(*PAGES), {1: 1.0, 2: 0.5, 11: 0.25}, mean=0.5, prior_impressions=4.0).to_pylist()
-    found = {(row["query"], row["doc_id"]): row for row in rows}
-    assert list(found) == [("coat", "a"), ("coat", "b"), ("shoe", "a"), ("shoe", "b")]
-    assert found["shoe", "a"]["attractiveness"] == pytest.approx(4 / 6.5)
-    assert found["shoe", "b"]["attractiveness"] == pytest.approx((1 + 2) / (1 + 1 + 4))
-    assert found["coat", "b"]["attractiveness"] == pytest.approx((1 + 2) / (0.25 + 4))
-    assert (found["shoe", "a"]["impressions"], found["shoe", "a"]["clicks"], found["shoe", "a"]["dwell_s"]) == (
-        3,
-        2,
-        15.0,
-    )
-    assert found["shoe", "b"]["dwell_s"] is None
-
-
-def test_with_every_position_examined_attractiveness_is_smoothed_ctr():
-    rows = clicks.evidence(counted(*PAGES), {1: 1.0, 2: 1.0, 11: 1.0}, mean=0.25, prior_impressions=1.0).to_pylist()
-    assert rows[2]["attractiveness"] == pytest.approx((2 + 0.25) / (3 + 1))
-
-
-def test_a_position_without_a_curve_counts_as_the_least_examined():
-    done, looks = clicks.expected(counted(*PAGES), {1: 1.0, 2: 0.5})
-    assert (done, looks) == (4.0, 4 + 3 * 0.5 + 1 * 0.5)
-    row = clicks.evidence(counted(*PAGES), {1: 1.0, 2: 0.5}, 0.5, 4.0).to_pylist()[1]
-    assert row["attractiveness"] == pytest.approx((1 + 2) / (0.5 + 4))
-
-
-def test_attractiveness_is_at_most_1_where_clicks_exceed_looks():
-    log = counted(*[search("q", ("a", 9, True, None))] * 50)
-    assert clicks.evidence(log, {1: 1.0, 9: 0.1}, 0.9, 0.1)["attractiveness"].to_pylist() == [1.0]
-
-
-def test_expected_of_2_parts_adds_up():
-    whole, examined = counted(*PAGES), {1: 1.0, 2: 0.5, 11: 0.25}
-    parts = [clicks.expected(whole[:3], examined), clicks.expected(whole[3:], examined)]
-    assert tuple(map(sum, zip(*parts, strict=True))) == pytest.approx(clicks.expected(whole, examined))
-
-
-def test_no_searches_have_no_counts():
-    assert clicks.counts(tables.SCHEMAS["searches"].empty_table()).height == 0
+def test_a_thinned_impression_is_whole():
+    log = counts(*PAGES, *PAGES)
+    for seed in range(20):
+        for part in clicks.thin(log, 0.5, [seed]):
+            assert part.filter(pl.col("impressions") == 0).height == 0
+            assert part.filter(
+                (pl.col("satisfied") > pl.col("clicks"))
+                | (pl.col("clicks") > pl.col("examined"))
+                | (pl.col("examined") > pl.col("impressions"))
+            ).is_empty()

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import pydantic
 
 from disranker import contract
-from disranker.recipe import Refused, Settings
+from disranker.inputs import Settings
+from disranker.recipe import Refused
 
 MANIFEST = "bundle.json"
 CARD = "README.md"

@@ -10,55 +10,20 @@ import pydantic
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-Count = Annotated[int, Gt(0)]
-Amount = Annotated[int, Ge(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-Positive = Annotated[float, Gt(0)]
+from disranker.inputs import Amount, Cleaning, Count, Data, Ingest, Positive, Settings, Share, World
 
 
 class Refused(ValueError):
     """Input or settings that a person must mend; jobs print the message alone and exit 2."""
 
 
-class Settings(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class World(Settings):
-    """Size of the made-up search engine (`world.py`)."""
-
-    documents: Count = 3000
-    queries: Count = 1500
-    judged: Count = 1000  # queries that people graded
-    searches: Count = 40_000
-    shards: Count = 4  # log files written side by side; part of what the seed decides
-
-
-class Data(Settings):
-    """Where real input lies: paths, globs or `pyarrow.fs` URIs. Empty: the made-up world is written and read."""
-
-    queries: list[str] = []  # UBI 1.3 query records, NDJSON, plain or gzip
-    events: list[str] = []  # UBI 1.3 events, the same
-    documents: list[str] = []  # parquet or JSONL with doc_id, title, summary
-    judgments: list[str] = []  # parquet or JSONL with query, doc_id, grade and, if given, split
-
-    @pydantic.model_validator(mode="after")
-    def _together(self) -> Self:
-        given = [name for name in ("queries", "events", "documents") if getattr(self, name)]
-        if (given and len(given) < 3) or (self.judgments and not given):
-            raise ValueError("queries, events and documents belong together: all three, or none for the made-up world")
-        return self
-
-
-class Ingest(Settings):
-    parts: Count = 8  # files per table; one task holds one part in memory
-
-
 class Aggregate(Settings):
-    click_model: Literal["pbm", "ctr"] = "pbm"  # position-based (examination by EM), or plain clicks over impressions
+    # auto: of the others, what agrees best with human grades on the validation queries; without grades, pbm
+    click_model: Literal["auto", "ctr", "coec", "pbm", "dbn"] = "auto"
     em_rounds: Count = 30
+    satisfied_dwell_s: Positive = 30.0  # a click satisfied that took the shopper away for so long (dbn)
+    held_out_share: Annotated[float, Gt(0), Lt(1)] = 0.1  # of impressions, to see how well the models predict clicks
     prior_impressions: Positive = 4.0  # pseudo-impressions at the mean attractiveness
-    max_searches_per_client: Count = 80  # a client with more is a bot; its searches are left out and counted
     head_share: Share = 0.5  # the most frequent queries that make up this share of searches
     torso_share: Share = 0.3  # the next ones; what remains is the tail
     validation_share: Share = 0.1
@@ -215,6 +180,7 @@ class Recipe(Settings):
     world: World = World()
     data: Data = Data()
     ingest: Ingest = Ingest()
+    cleaning: Cleaning = Cleaning()
     aggregate: Aggregate = Aggregate()
     sample: Sample = Sample()
     teacher: Teacher = Teacher()
