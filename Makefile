@@ -34,6 +34,7 @@ test: lint
 bench: setup
 	$(BIN)/python -m bench.score --small
 	$(BIN)/python -m bench.exactly_once --small
+	$(BIN)/python -m bench.logs --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -43,18 +43,20 @@ def job(recipe: Path, log: Path, ray: str = "", stage: str = "score") -> subproc
         )
 
 
-def done(recipe: Path, log: Path, ray: str = "", timeout_s: float = 3600) -> dict[str, Any]:
-    """The manifest of the labels after a run of `jobs.score` to its end. Raises `Broken` if it fails."""
-    process = job(recipe, log, ray)
+def done(
+    recipe: Path, log: Path, ray: str = "", timeout_s: float = 3600, stage: str = "score", artefact: str = "labels"
+) -> dict[str, Any]:
+    """The manifest of an artefact after a run of its stage to its end. Raises `Broken` if it fails."""
+    process = job(recipe, log, ray, stage)
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired as error:
-        raise Broken(f"jobs.score has not ended in {timeout_s:.0f} s: {_tail(log)}") from error
+        raise Broken(f"jobs.{stage} has not ended in {timeout_s:.0f} s: {_tail(log)}") from error
     finally:
         end(process)
     if status:
-        raise Broken(f"jobs.score ended with {status}: {_tail(log)}")
-    manifest: dict[str, Any] = json.loads((labels(recipe) / "manifest.json").read_text())
+        raise Broken(f"jobs.{stage} ended with {status}: {_tail(log)}")
+    manifest: dict[str, Any] = json.loads((root(recipe) / artefact / "manifest.json").read_text())
     return manifest
 
 
@@ -131,9 +133,14 @@ def _tail(log: Path) -> str:
 # Labels
 
 
+def root(recipe: Path) -> Path:
+    """The folder of a recipe's run."""
+    return Path(yaml.safe_load(recipe.read_text())["root"])
+
+
 def labels(recipe: Path) -> Path:
     """The folder of all labels of a recipe's store."""
-    return Path(yaml.safe_load(recipe.read_text())["root"]) / "labels"
+    return root(recipe) / "labels"
 
 
 Row = tuple[str, float]

@@ -29,6 +29,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     found = report.evaluate(
         qrels, runs, recipe.evaluate, recipe.seed, {group["query"]: group["band"] for group in groups}
     )
+    found["click_models"] = store.manifest("evidence")["counts"].get("model")
     _write(found, qrels, runs, titles, recipe, store)
     return counts | {name: _headline(found, name) for name in MODELS}
 

@@ -6,7 +6,8 @@ from typing import Any
 import ray
 
 from disranker import world
-from disranker.recipe import Recipe, World
+from disranker.inputs import World
+from disranker.recipe import Recipe
 from disranker.stages import Step
 from disranker.store import Store
 from jobs import launch

@@ -1,35 +1,49 @@
-"""Logs, documents and judgments -> searches, documents, judgments, and rejects with a reason."""
+"""Logs, documents and judgments -> searches, documents, judgments, and rejects with a reason.
 
+Only log files that are new or changed are read. With --follow it goes on as files arrive.
+"""
+
+import json
 import sys
+import time
+from collections import Counter
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 
-from disranker import logs, sources, tables
+from disranker import cleaning, flat, ledger, lines, logs, sources, stages, tables, ubi
+from disranker import recipe as recipes
 from disranker import store as stores
-from disranker.recipe import Recipe, Refused
+from disranker.inputs import Columns, Ingest
+from disranker.ledger import Cell, Identity, Ledger
+from disranker.recipe import Recipe, Refused, digest
 from disranker.stages import Step
 from disranker.store import Store
 from jobs import launch, parts
 
+LOGS = ("queries", "events", "flat")
+FILES_PER_BATCH = 256  # what a crash while reading costs at most
+EXAMPLES = 3
+pause = time.sleep
+CATALOGUE = "catalogue"  # begins the names of rejects that are not of the log
+
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
-    count = recipe.ingest.parts
     files = _files(recipe, store)
-    counts = _documents(files["documents"], count, store)
-    counts |= _judgments(files["judgments"], 2 * count, store)
-    counts |= _searches(files["queries"], files["events"], count, store)
-    rejects = store.read_files("rejects", store.written("rejects"), ["reason"])
-    return counts | {"rejects": rejects.num_rows, "reasons": logs.refusals(rejects["reason"].to_pylist())}
+    counts = _catalogue(files, recipe.ingest.parts, store, step)
+    counts |= _log(recipe, {what: files[what] for what in LOGS}, store, step)
+    reasons = _reasons(store, store.written("rejects"))
+    return counts | {"rejects": sum(reasons.values()), "reasons": reasons}
 
 
 def _files(recipe: Recipe, store: Store) -> dict[str, list[str]]:
     if not recipe.made_up:
-        return {what: stores.expand(getattr(recipe.data, what), what) for what in type(recipe.data).model_fields}
+        return {what: stores.expand(patterns, what) for what, patterns in recipe.data.files().items()}
     world = f"{store.uri}/world"
     names = {
         "documents": "documents.parquet",
@@ -37,39 +51,178 @@ def _files(recipe: Recipe, store: Store) -> dict[str, list[str]]:
         "queries": "ubi_queries-*",
         "events": "ubi_events-*",
     }
-    return {what: stores.expand([f"{world}/{name}"], what) for what, name in names.items()}
+    found = {what: stores.expand([f"{world}/{name}"], what) for what, name in names.items()}
+    return {what: found.get(what, []) for what in recipe.data.files()}
 
 
-def _searches(queries: list[str], events: list[str], count: int, store: Store) -> dict[str, int]:
-    files = [(file, "queries") for file in queries] + [(file, "events") for file in events]
-    lines = parts.flat(files, lambda file: logs.records(*file, parts=count))
+# The log
 
-    def write(part: int, rows: pa.Table) -> dict[str, int]:
-        searches, rejects, counted = logs.join(rows)
-        store.write("searches", part, searches)
-        store.write("rejects", part, rejects)
-        return counted | {"searches": searches.num_rows}
 
-    counts = parts.total(parts.gather(lines, count, write))
-    if not counts.get("searches"):
-        raise Refused(_no_search(queries, store))
+def _log(recipe: Recipe, files: dict[str, list[str]], store: Store, step: Step) -> dict[str, Any]:
+    cfg, columns = recipe.ingest, recipe.data.columns
+    at = Ledger(store, meaning(recipe, step), cfg)
+    at.drop_others()
+    kinds = {path: what for what, paths in files.items() for path in paths}
+    unread = at.unread(stages.identities(sorted(kinds)))
+    for first in range(0, len(unread), FILES_PER_BATCH):
+        _read(at, unread[first : first + FILES_PER_BATCH], kinds, cfg, columns)
+    joined = _join(at, store)
+    counts = at.counts() | {"files_read": len(unread), "cells_joined": joined} | _joined_counts(store, at)
+    _check(counts, cfg, store, files)
     return counts
 
 
-def _no_search(queries: list[str], store: Store) -> str:
-    where = f"data.queries: {queries[0]}" + (f" and {len(queries) - 1} more" if len(queries) > 1 else "")
-    here = pc.field("file").isin(queries)  # without a search, every line of a query file is a reject
-    reasons = store.read_files("rejects", store.written("rejects"), ["reason"], here)["reason"].to_pylist()
-    if not reasons:
-        return f"{where}: the log is empty; UBI 1.3 query records, one JSON object a line, are expected"
-    return f"{where}: not one valid query in {len(reasons)} lines, mostly: {next(iter(logs.refusals(reasons)))}"
+def meaning(recipe: Recipe, step: Step) -> list[Any]:
+    """What decides which files there are and what their records are: with other settings, all are read again."""
+    # By whole paths: a log that was moved is another one, not the same lines once more.
+    patterns = [f"{recipe.root}/world"] if recipe.made_up else [*chain(*(getattr(recipe.data, what) for what in LOGS))]
+    named = [pattern if "://" in pattern else str(Path(pattern).absolute()) for pattern in patterns]
+    return [stages.FORMAT, step.reads, named, recipe.data.columns.model_dump(), step.settings["ingest"]]
+
+
+def _read(at: Ledger, files: list[Identity], kinds: dict[str, str], cfg: Ingest, columns: Columns) -> None:
+    """One batch: a task a file."""
+    name = at.begin(files)
+
+    def one(number: int) -> dict[str, Any]:
+        path = files[number][0]
+        writer = ledger.Writer(at, name, number)
+        masked = dict.fromkeys(cleaning.KINDS, 0)
+        for block in _records(path, kinds[path], columns):
+            rows, found = _masked(block) if cfg.mask_personal_data else (block, {})
+            writer.add(rows)
+            masked = {kind: count + found.get(kind, 0) for kind, count in masked.items()}
+        said = writer.close()
+        said["counts"] |= {f"masked_{kind}": count for kind, count in masked.items()}
+        return said
+
+    launch.say(f"ingest: reads {len(files)} files, {sum(size for _, size, _ in files) / 2**20:.0f} MiB")
+    at.commit(name, files, parts.each(len(files), one, "ingest: files read"))
+
+
+def _records(path: str, kind: str, columns: Columns) -> Any:
+    if kind == "flat":
+        return flat.tables(path, columns)
+    return (ubi.table(numbers, block, path, kind) for numbers, block in lines.blocks(path))
+
+
+def _masked(block: pa.Table) -> tuple[pa.Table, dict[str, int]]:
+    rows = pl.DataFrame(pl.from_arrow(block))
+    query, found = cleaning.cleaned(rows["query"], masked=True)
+    return logs.table(rows.with_columns(query=query).to_arrow()), found
+
+
+def _join(at: Ledger, store: Store) -> int:
+    """Joins the cells that something new reaches, drops what no longer counts, and returns how many were joined."""
+    wanted = {_name(cell, made_of): cell for cell, made_of in at.cells().items()}
+    there = {path.rsplit("/", 1)[1].removesuffix(".parquet") for path in store.written("searches")}
+    stale = sorted(set(wanted) - there)
+
+    def one(number: int) -> dict[str, int]:
+        cell = wanted[stale[number]]
+        searches, rejects, counts = logs.join(at.records(cell), at.cfg, cell.period)
+        store.put_text(json.dumps(counts), "searches", f"{stale[number]}.json")
+        store.put_table(rejects, "rejects", f"{stale[number]}.parquet")
+        store.put_table(searches, "searches", f"{stale[number]}.parquet")  # last: its presence says that all is there
+        return {}
+
+    if stale:
+        parts.each(len(stale), one, "ingest: parts joined")
+    broken = {f"lines-{batch.name}-{digest(sorted(at.replaced(batch)))}": batch for batch in at.batches}
+    for name, batch in broken.items():
+        store.put_table(at.rejects(batch), "rejects", f"{name}.parquet")
+    _keep_only(store, "searches", set(wanted))
+    _keep_only(store, "rejects", set(wanted) | set(broken) | {name for name in _names(store) if CATALOGUE in name})
+    return len(stale)
+
+
+def _name(cell: Cell, made_of: str) -> str:
+    return f"part-{cell.part:05d}-{cell.period}-{made_of}"
+
+
+def _names(store: Store) -> set[str]:
+    return {info.base_name.rsplit(".", 1)[0] for info in store.files("rejects")}
+
+
+def _keep_only(store: Store, table: str, names: set[str]) -> None:
+    for info in store.files(table):
+        if info.base_name.rsplit(".", 1)[0] not in names:
+            store.fs.delete_file(info.path)
+
+
+def _joined_counts(store: Store, at: Ledger) -> dict[str, int]:
+    found = []
+    for cell, made_of in at.cells().items():
+        with store.fs.open_input_stream(store.at("searches", f"{_name(cell, made_of)}.json")) as file:
+            found.append(json.loads(file.read()))
+    return parts.total(found)
+
+
+def _check(counts: dict[str, Any], cfg: Ingest, store: Store, files: dict[str, list[str]]) -> None:
+    """Raises `Refused` for a log that gives nothing, or too much that is broken."""
+    of_log = [path for path in store.written("rejects") if CATALOGUE not in path.rsplit("/", 1)[1]]
+    read, reasons = counts.get("lines", 0), _reasons(store, of_log)
+    refused = sum(reasons.values())
+    if counts.get("searches") and refused <= cfg.max_bad_share * read:
+        return
+    named = ((what, paths) for what, paths in files.items() if paths)
+    where = ", ".join(f"data.{what}: {paths[0]}{_and_more(paths)}" for what, paths in named)
+    if not read:
+        raise Refused(f"{where}: the log is empty")
+    common = list(reasons.items())[:EXAMPLES]
+    said = "; ".join(f"{reason} ({count}), as {_example(store, of_log, reason)}" for reason, count in common)
+    if not counts.get("searches"):
+        raise Refused(f"{where}: not one valid search in {read} lines; mostly: {said}")
+    raise Refused(
+        f"{refused} of {read} lines were refused, {refused / read:.1%}, and ingest.max_bad_share allows "
+        f"{cfg.max_bad_share:.1%}; they lie in {store.at('rejects')}; mostly: {said}"
+    )
+
+
+def _and_more(paths: list[str]) -> str:
+    return f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+
+
+def _reasons(store: Store, files: list[str]) -> dict[str, int]:
+    """How often each reason occurs, most frequent first; a file at a time, as there may be many."""
+    found: Counter[str] = Counter()
+    for file in files:
+        found.update(logs.refusals(store.read_files("rejects", [file], ["reason"])["reason"].to_pylist()))
+    return dict(found.most_common())
+
+
+def _example(store: Store, files: list[str], reason: str) -> str:
+    here = pc.field("reason") == reason
+    found = (store.read_files("rejects", [file], ["file", "line"], here) for file in files)
+    first = next(rows for rows in found if rows.num_rows).slice(0, 1).to_pylist()[0]
+    return f"{first['file']}:{first['line']}"
+
+
+# Documents and judgments
+
+
+def _catalogue(files: dict[str, list[str]], count: int, store: Store, step: Step) -> dict[str, int]:
+    """Made anew where a file of them changed; the counts that it leaves are written last, and say that all is there."""
+    of_log = {path for what in LOGS for path in files[what]}
+    inputs = [found for found in step.inputs if found[0] not in of_log and not found[0].endswith(ledger.FORGOTTEN)]
+    made = f"made-{digest([stages.FORMAT, count, step.reads, inputs])}.json"
+    if store.fs.get_file_info(store.at("documents", made)).type.name != "NotFound":
+        with store.fs.open_input_stream(store.at("documents", made)) as file:
+            found: dict[str, int] = json.loads(file.read())
+            return found
+    for table in ("documents", "judgments"):
+        store.clear(table)
+    _keep_only(store, "rejects", {name for name in _names(store) if CATALOGUE not in name})
+    counts = _documents(files["documents"], count, store) | _judgments(files["judgments"], files["topics"], store)
+    store.put_text(json.dumps(counts), "documents", made)
+    return counts
 
 
 def _documents(files: list[str], count: int, store: Store) -> dict[str, int]:
     def write(part: int, rows: pa.Table) -> dict[str, int]:
         documents, rejects, counted = sources.unique_documents(rows)
         store.write("documents", part, documents)
-        store.write("rejects", count + part, rejects)
+        store.put_table(rejects, "rejects", f"{CATALOGUE}-{part:05d}.parquet")
         return counted | {"documents": documents.num_rows}
 
     for file in files:  # a wrong file is refused before anything is read
@@ -82,8 +235,8 @@ def _documents(files: list[str], count: int, store: Store) -> dict[str, int]:
     return counts
 
 
-def _judgments(files: list[str], part: int, store: Store) -> dict[str, int]:
-    graded, refused = sources.judgments(files)
+def _judgments(files: list[str], topics: list[str], store: Store) -> dict[str, int]:
+    graded, refused = sources.judgments(files, topics)
     wanted = pc.field("doc_id").isin(pa.array(graded["doc_id"].unique().to_list(), pa.string()))
     known = store.read_files("documents", store.written("documents"), ["doc_id"], wanted)["doc_id"].to_pylist()
     missing = ~pl.col("doc_id").is_in(known)
@@ -97,13 +250,44 @@ def _judgments(files: list[str], part: int, store: Store) -> dict[str, int]:
             "in data.documents"
         )
     store.write("judgments", 0, good.drop("file", "line").to_arrow())
-    store.write(
-        "rejects",
-        part,
-        pa.concat_tables([tables.conform("rejects", refused), tables.conform("rejects", unknown.to_arrow())]),
-    )
+    rejects = pa.concat_tables([tables.conform("rejects", refused), tables.conform("rejects", unknown.to_arrow())])
+    store.put_table(rejects, "rejects", f"{CATALOGUE}-judgments.parquet")
     return {"judgments": good.height, "judgments_replaced": graded.height - unknown.height - good.height}
 
 
+# Following
+
+
+def follow(recipe_path: str, overrides: list[str], every_s: float, idle_s: float | None) -> None:
+    """Ingests again and again: what arrived since is committed whole or not at all. Ends when idle so long."""
+    quiet_since = time.monotonic()
+    while idle_s is None or time.monotonic() - quiet_since < idle_s:
+        recipe = recipes.load(recipe_path, overrides)
+        store = Store(recipe.root)
+        step = next(step for step in stages.steps(recipe) if step.stage.name == "ingest")
+        if stages.why(step, store):
+            launch.execute(step, recipe, store)
+            quiet_since = time.monotonic()
+        pause(every_s)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = launch.parser("python -m jobs.ingest", __doc__)
+    parser.add_argument("--follow", action="store_true", help="go on: read files as they arrive, until interrupted")
+    parser.add_argument("--every-s", type=float, default=30.0, help="how often to look, with --follow")
+    parser.add_argument("--idle-s", type=float, help="with --follow, end after so long without a new file")
+    arguments = parser.parse_args(argv)
+    if not arguments.follow:
+        return launch.one("ingest", arguments)
+
+    def work() -> None:
+        try:
+            follow(arguments.recipe, arguments.set, arguments.every_s, arguments.idle_s)
+        except KeyboardInterrupt:
+            launch.say("ingest: stopped following; everything read so far is committed")
+
+    return launch.guarded(work)
+
+
 if __name__ == "__main__":
-    sys.exit(launch.main("ingest"))
+    sys.exit(main())

@@ -94,19 +94,20 @@ def execute(step: stages.Step, recipe: Recipe, store: Store) -> None:
     module = importlib.import_module(f"jobs.{step.stage.name}")
     connect()
     for artefact in step.stage.writes:
-        # Labels are kept over runs: they were paid for, and their keys tell teachers apart.
-        store.unfinish(artefact) if artefact == "labels" else store.clear(artefact)
+        store.unfinish(artefact) if artefact in stages.KEPT else store.clear(artefact)
     say(f"{step.stage.name}: {', '.join(step.reads) or 'nothing'} -> {', '.join(step.stage.writes)}")
     began = time.monotonic()
     try:
         with Peak() as peak:
             counts = module.run(recipe, store, step)
     except Refused:
-        for artefact in set(step.stage.writes) - {"labels"}:
+        for artefact in set(step.stage.writes) - stages.KEPT:
             store.clear(artefact)
         raise
     seconds = round(time.monotonic() - began, 1)
     manifest = _manifest(step) | {"seconds": seconds, "peak_memory_mib": peak.mib, "counts": counts}
+    if resting := set(stages.resting(store)) - set(step.stage.writes):
+        manifest |= {"rests_on_forgotten": sorted(resting)}  # made before somebody was forgotten, and not since
     for artefact in step.stage.writes:
         store.commit(artefact, manifest | {"artefact": artefact})
     store.drop_run(step.stage.name)

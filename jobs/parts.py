@@ -1,12 +1,16 @@
 """Ray Data over the parts of a table: one task holds one part, and writes it under a name that its number decides."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
+
+from disranker.recipe import Refused
+from jobs import launch
 
 Block = dict[str, Any]
 
@@ -35,10 +39,31 @@ def gather(
     return [json.loads(row["said"]) for row in shuffled.iter_rows()]
 
 
-def each(parts: int, work: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a function says of each part."""
-    mapped = _numbers(parts).map_batches(lambda batch: _said(work, batch), batch_size=1)
-    return [json.loads(row["said"]) for row in mapped.iter_rows()]
+def each(parts: int, work: Callable[[int], dict[str, Any]], what: str = "") -> list[dict[str, Any]]:
+    """What a function says of each part, in order; with `what`, how many are done is said now and then.
+
+    Raises `Refused` where it does.
+    """
+
+    def guarded(part: int) -> dict[str, Any]:
+        try:
+            return {"part": part, "said": work(part)}
+        except Refused as refusal:  # raised through Ray it would come as an error of the task
+            return {"part": part, "refused": str(refusal)}
+
+    mapped = _numbers(parts).map_batches(lambda batch: _said(guarded, batch), batch_size=1)
+    said: list[dict[str, Any]] = []
+    told = time.monotonic()
+    for row in mapped.iter_rows():
+        said.append(json.loads(row["said"]))
+        if what and time.monotonic() - told > launch.SAY_EVERY_S:
+            launch.say(f"{what}: {len(said)} of {parts}")
+            told = time.monotonic()
+    said.sort(key=lambda one: int(one["part"]))
+    for one in said:
+        if "refused" in one:
+            raise Refused(one["refused"])
+    return [one["said"] for one in said]
 
 
 def each_by(parts: int, worker: type, *arguments: Any) -> list[dict[str, Any]]:

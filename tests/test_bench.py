@@ -6,15 +6,17 @@ import sys
 import threading
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import polars as pl
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bench import claims, exactly_once, made_up, runs, score
+from bench import claims, exactly_once, logs, made_up, runs, score
+from disranker import clicks, stages, tables
 from disranker import recipe as recipes
-from disranker import stages, tables
 from disranker.contract import Tokens
 from disranker.store import Store
 
@@ -307,3 +309,33 @@ def test_an_unknown_claim_is_refused_before_anything_runs(capsys):
     with pytest.raises(SystemExit):
         score.main(["--small", "--only", "bare-vllm,sparkle"])
     assert "no claim sparkle; there are bare-vllm" in capsys.readouterr().err
+
+
+# Logs
+
+
+def test_the_query_of_the_peer_counts_what_aggregate_counts(tiny, tiny_run, tmp_path):
+    log = logs.Log(tmp_path, logs.Plan(tmp_path), 2000)
+    (tmp_path / "run").symlink_to(tiny_run.path)
+    with duckdb.connect() as base:
+        base.execute(logs.COUNTS.format(files=f"{tmp_path}/run/searches/*.parquet"))
+        theirs = base.sql("select query, doc_id, impressions, clicks from counts order by all").fetchall()
+    searches = [pq.read_table(path) for path in tiny_run.parts("searches")]
+    counted = clicks.merge(pl.concat([clicks.counts(table, 30) for table in searches]))
+    sums = counted.group_by("query", "doc_id").agg(pl.col("impressions", "clicks").sum()).sort("query", "doc_id")
+    assert theirs == sums.rows() and log.searches == 2000
+
+
+def test_the_largest_process_is_seen_with_memory_of_its_own():
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    child = "import time; kept = b'x' * (300 << 20); time.sleep(1.5)"
+    process = subprocess.Popen([sys.executable, "-c", program, child])
+    with logs.Largest(process.pid) as largest:
+        process.wait()
+    assert 300 <= largest.mib < 400
+
+
+def test_an_unknown_claim_about_logs_is_refused_with_those_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        logs.main(["--only", "speed"])
+    assert "no claim speed; there are ingest, aggregate, growth" in capsys.readouterr().err

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 from conftest import ROOT, SHARED
 
-from disranker import recipe
+from disranker import click_choice, recipe
 from disranker.store import Store
 from jobs import pipeline
 
@@ -36,13 +37,7 @@ def test_esci_goes_from_log_to_bundle_and_measures_the_50_queries_that_nobody_tr
     pipeline.run(recipe.load("tests/esci.yaml", changes))
     store = Store(str(tmp_path / "run"))
 
-    counts = store.manifest("searches")["counts"]
-    assert (counts["searches"], counts["rejects"], counts["duplicate_events"]) == (120_000, 4, 1323)
-    assert store.manifest("evidence")["counts"]["bots"] == 20
-    truth = json.loads((SHARED / "data" / "esci" / "truth.json").read_text())["examination_by_rank"]
-    examination = store.manifest("evidence")["counts"]["model"]["examination"]
-    assert [examination[str(rank)] for rank in range(1, 11)] == pytest.approx(truth, abs=0.05)
-
+    _holds_what_was_planted(store, json.loads((SHARED / "data" / "esci" / "truth.json").read_text()))
     groups = store.read("groups").to_pylist()
     test = {group["query"] for group in groups if group["split"] == "test"}
     assert len(test) == 50
@@ -52,3 +47,28 @@ def test_esci_goes_from_log_to_bundle_and_measures_the_50_queries_that_nobody_tr
     assert report["runs"]["bm25"]["ndcg@10"]["value"] == pytest.approx(0.685, abs=0.01)
     assert not store.finished("decoder")  # an encoder teacher is not pre-trained
     assert store.finished("bundle")
+
+
+def _holds_what_was_planted(store: Store, truth: dict) -> None:
+    counts = store.manifest("searches")["counts"]
+    assert (counts["searches"], counts["rejects"], counts["duplicate_events"]) == (120_000, 4, 1323)
+    used = counts["searches"] + counts["clicks"] + counts["conversions"]
+    dropped = counts["duplicate_queries"] + counts["duplicate_events"] + counts["other_events"]
+    assert used + dropped + counts["rejects"] == counts["lines"]
+
+    found = store.manifest("evidence")["counts"]
+    clients = store.read("searches", ["client"])["client"].to_pylist()
+    bots = set(truth["bot_client_ids"])
+    searched = sum(client in bots for client in clients)
+    left_out = found["cleaning"]["bots"]["searches"]  # of bots, and of nobody else: there are 20, and 20 were found
+    assert found["bots"] == len(bots) == 20
+    assert 0.9 * searched < left_out < searched + 0.01 * (len(clients) - searched)
+
+    examination = found["model"]["examination"]["pbm"]
+    planted = truth["examination_by_rank"]
+    assert [examination[str(rank)] for rank in range(1, 11)] == pytest.approx(planted, abs=0.05)
+    evidence = pl.DataFrame(pl.from_arrow(store.read("evidence")))
+    raw = evidence.with_columns(attractiveness=pl.col("clicks") / pl.col("impressions"))
+    grades = pl.DataFrame(pl.from_arrow(store.read("judgments"))).filter(pl.col("split") == "train")
+    agrees, plain = (click_choice.correlations(pairs, grades).mean() for pairs in (evidence, raw))
+    assert agrees > plain + 0.03

@@ -18,7 +18,7 @@ from disranker import recipe, stages, tables
 from disranker.contract import Contract, Tokens
 from disranker.engine import Engine
 from disranker.store import Store
-from jobs import distill, launch, pipeline, score
+from jobs import distill, forget, ingest, launch, pipeline, score
 from jobs.score import Teacher
 
 
@@ -252,7 +252,7 @@ def _input(folder: Path, queries=(LOG,), events=(EVENT,), documents=DOCUMENTS, j
     given = {"queries": queries, "events": events, "documents": documents, "judgments": judgments}
     return {
         "root": str(folder / "run"),
-        "ingest": {"parts": 2},
+        "ingest": {"parts": 2, "max_bad_share": 1.0},
         "data": {name: [lines(name, rows)] for name, rows in given.items()},
     }
 
@@ -273,12 +273,14 @@ BAD = {
 def test_a_bad_recipe_is_refused_in_one_line_with_nothing_written(fault, tmp_path, capsys):
     change, message = BAD[fault]
     assert pipeline.main(["--recipe", _recipe(tmp_path, change(_input(tmp_path)))]) == 2
-    _refused_with(message, capsys.readouterr().err, tmp_path)
+    _refused_with(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 INPUTS = {
-    "an empty log": ({"queries": ()}, "the log is empty"),
-    "a log without a valid line": ({"queries": ("{broken", "[]")}, "not one valid query in 2 lines, mostly: "),
+    "an empty log": ({"queries": (), "events": ()}, "the log is empty"),
+    "events without queries": ({"queries": ()}, "not one valid search in 1 lines; mostly: no result page has this"),
+    "a log without a valid line": ({"queries": ("{broken", "[]")}, "not one valid search in 3 lines; mostly: "),
     "documents without a column": (
         {"documents": [{"doc_id": "d1", "title": "a"}]},
         "no column summary; it has doc_id, title",
@@ -291,18 +293,17 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("fault", INPUTS)
-def test_input_that_cannot_be_used_is_refused_in_one_line_with_nothing_written(fault, ray_here, tmp_path, capsys):
+def test_input_that_cannot_be_used_is_refused_in_one_line_and_no_table_is_finished(fault, ray_here, tmp_path, capsys):
     change, message = INPUTS[fault]
     assert pipeline.main(["--recipe", _recipe(tmp_path, _input(tmp_path, **change)), "--until", "ingest"]) == 2
-    _refused_with(message, capsys.readouterr().err, tmp_path)
+    _refused_with(message, capsys.readouterr().err)
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
-def _refused_with(message: str, error: str, folder: Path) -> None:
+def _refused_with(message: str, error: str) -> None:
     lines = [line for line in error.splitlines() if line.startswith("refused: ")]  # Ray may have said something too
     assert len(lines) == 1
     assert message in lines[0]
-    left = [path for path in (folder / "run").rglob("*") if path.is_file()]
-    assert not left
 
 
 def test_queries_without_documents_are_refused_with_nothing_written(ray_here, tmp_path, capsys):
@@ -341,6 +342,103 @@ def test_what_is_bad_in_part_is_counted_and_kept(ray_here, tmp_path):
     assert all(row["file"] and row["line"] for row in rejects)
     (search,) = store.read("searches").to_pylist()
     assert [hit["clicked"] for hit in search["hits"]] == [True, False]
+
+
+FLAT = "query\tdoc_id\tclient\ttime\trank\tclicked\n" + "".join(
+    f"sofa\td{1 + n % 2}\tc{n // 2}\t{1_790_856_000 + n // 2}\t{1 + n % 2}\t{int(n % 4 == 0)}\n" for n in range(40)
+)
+
+
+def _flat(folder: Path, *names: str, **more) -> dict:
+    given = _input(folder)
+    (folder / "log.tsv").write_text(FLAT)
+    columns = {name: {"position": "rank", "click": "clicked"}[name] for name in names}
+    data = {name: given["data"][name] for name in ("documents", "judgments")}
+    return given | {"data": data | {"flat": [str(folder / "log.tsv")], "columns": columns}} | more
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("click",), "40 of 40 impressions have no position"),
+        (("position",), "the log shows clicked documents alone"),
+    ],
+)
+def test_a_log_that_gives_no_examination_names_the_impossible_models_and_takes_ctr_when_told(
+    columns, message, ray_here, tmp_path, capsys
+):
+    given = _flat(tmp_path, *columns)
+    assert pipeline.main(["--recipe", _recipe(tmp_path, given), "--until", "aggregate"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "pbm: " in error and "coec: " in error and "ctr is possible" in error
+    told = given | {"aggregate": {"click_model": "ctr", "prior_impressions": 1e-9}}
+    assert pipeline.main(["--recipe", _recipe(tmp_path, told), "--until", "aggregate"]) == 0
+    rows = {row["doc_id"]: row for row in Store(given["root"]).read("evidence").to_pylist()}
+    # 20 pages of d1 and d2; d1 was clicked on ten. Of clicks alone, every row is one, and every page a search.
+    clicked = {"d1": 10, "d2": 0} if columns == ("click",) else {"d1": 20, "d2": 20}
+    assert {doc: (row["impressions"], row["clicks"]) for doc, row in rows.items()} == {
+        doc: (20, clicks) for doc, clicks in clicked.items()
+    }
+    assert rows["d1"]["attractiveness"] == pytest.approx(clicked["d1"] / 20)
+
+
+def test_queries_of_few_clients_and_bots_are_left_out_and_counted_by_rule(ray_here, tmp_path):
+    given = _flat(tmp_path, "position", "click")
+    with (tmp_path / "log.tsv").open("a") as log:
+        log.write("my own secret\td1\tc1\t1790857000\t1\t1\n")
+        for n in range(30):  # clicks all it sees, on pages of five
+            log.writelines(f"sofa\tx{k}\tbot\t{1_790_900_000 + 4000 * n}\t{k}\t1\n" for k in range(1, 6))
+    given |= {"cleaning": {"min_clients": 2}}
+    assert pipeline.main(["--recipe", _recipe(tmp_path, given), "--until", "aggregate"]) == 0
+    store = Store(given["root"])
+    counts = store.manifest("evidence")["counts"]
+    assert counts["cleaning"]["click_through"] == {"clients": 1} and counts["cleaning"]["rate"] == {"clients": 0}
+    assert counts["cleaning"]["bots"] == {"searches": 30} and counts["searches_left_out"] == 31
+    assert counts["cleaning"]["few_clients"] == {"queries": 1, "searches": 1}
+    assert {row["doc_id"] for row in store.read("evidence").to_pylist()} == {"d1", "d2"}
+    assert store.manifest("searches")["rows"] == 20 + 1 + 30
+    assert [row["query"] for row in store.read("queries").to_pylist()] == ["sofa"]
+
+
+def test_following_a_log_commits_each_file_as_it_arrives_and_ends_when_idle(ray_here, tmp_path, monkeypatch):
+    given = _input(tmp_path)
+    given["data"] |= {"queries": [f"{tmp_path}/q*.jsonl"], "events": [f"{tmp_path}/e*.jsonl"]}
+    seen = []
+
+    def arrive(_: float) -> None:
+        """Between two looks, the next file comes."""
+        seen.append(store.manifest("searches")["rows"])
+        if len(seen) < 3:
+            more = LOG | {"query_id": f"more{len(seen)}"}
+            (tmp_path / f"q{len(seen)}.jsonl").write_text(json.dumps(more) + "\n")
+
+    store = Store(given["root"])
+    monkeypatch.setattr(ingest, "pause", arrive)
+    arguments = ["--recipe", _recipe(tmp_path, given), "--follow", "--every-s", "0", "--idle-s", "1"]
+    assert ingest.main(arguments) == 0
+    assert seen[:3] == [1, 2, 3] and set(seen[3:]) <= {3}
+
+
+def test_a_forgotten_client_is_gone_and_what_was_learned_of_it_is_named(tiny, tiny_run, tmp_path, capfd):
+    root = _copy(tiny_run, tmp_path)
+    content, store = tiny | {"root": root}, Store(root)
+    path = _recipe(tmp_path, content)
+    client = store.read("searches", ["client"])["client"][0].as_py()
+    before = store.read("searches").num_rows
+    assert forget.main(["--recipe", path, "--client", "nobody"]) == 2
+    assert "no line of 1 clients" in capfd.readouterr().err and store.read("searches").num_rows == before
+    assert forget.main(["--recipe", path, "--client", client]) == 0
+    said = capfd.readouterr().out
+    left = store.read("searches")
+    assert client not in left["client"].to_pylist() and 0 < before - left.num_rows < 100
+    assert not any(client.encode() in Path(file.path).read_bytes() for file in store.files("records"))
+    rests = store.manifest("evidence")["rests_on_forgotten"]
+    assert rests == sorted(
+        ["bundle", "clicked", "decoder", "groups", "labels", "report", "scores", "student", "teacher"]
+    )
+    assert all(f"forget: {name} was made while" in said for name in rests)
+    assert pipeline.main(["--recipe", path, "--until", "sample"]) == 0
+    assert "groups" not in store.manifest("groups")["rests_on_forgotten"]
 
 
 def _break_embedding(folder: Path, start: int) -> None:

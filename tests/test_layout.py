@@ -93,7 +93,7 @@ def test_the_jobs_targets_and_recipes_that_a_page_names_exist(page):
 
 
 def test_every_job_answers_to_help():
-    names = ["pipeline", "demo", "ingest"]
+    names = ["pipeline", "demo", "ingest", "export"]
     for name in names:
         run = subprocess.run(
             [sys.executable, "-m", f"jobs.{name}", "--help"],

@@ -77,8 +77,12 @@ def test_a_recipe_without_root_is_refused():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"data": {"queries": ["q"], "events": ["e"]}}, "data: queries, events and documents belong together"),
-        ({"data": {"judgments": ["j"]}}, "data: queries, events and documents belong together"),
+        ({"data": {"queries": ["q"], "events": ["e"]}}, "data: documents and a log belong together"),
+        ({"data": {"flat": ["f"]}}, "data: documents and a log belong together"),
+        ({"data": {"columns": {"encoding": "klingon"}}}, "no encoding 'klingon' is known"),
+        ({"ingest": {"period_days": 1, "late_s": 86401}}, "late_s and page_gap_s must be within one period"),
+        ({"data": {"judgments": ["j"]}}, "data: documents and a log belong together"),
+        ({"data": {"topics": ["t"]}}, "data: topics are the queries of judgments: give judgments too"),
         ({"teacher": {"heads": 3, "width": 128}}, "teacher: heads 3 does not divide width 128"),
         ({"student": {"heads": 5, "width": 128}}, "student: heads 5 does not divide width 128"),
         ({"teacher": {"max_tokens": 43}}, "teacher: max_tokens must leave room"),

@@ -251,3 +251,55 @@ def test_the_gate_needs_no_bm25_where_it_need_not_be_beaten():
     del content["runs"]["bm25"]
     assert report.gate(content, Publish(beat_bm25=False)) == []
     assert "bm25" in report.gate(content, Publish())[0]
+
+
+MODEL = {
+    "click_model": "pbm",
+    "why": "it agrees best with human grades on 100 validation queries: Spearman correlation 0.649",
+    "examination": {
+        "ctr": {str(p): 1.0 for p in range(1, 31)},
+        "pbm": {str(p): p**-0.7 for p in (10, 1, 2, 3, 4, 5, 30)},
+    },
+    "interventional": [
+        {"position": p, "examination": p**-0.7, "low": 0.8 * p**-0.7, "high": 1.2 * p**-0.7} for p in (1, 2, 5, 30)
+    ],
+    "models": [
+        {"model": "ctr", "agreement": 0.566, "low": 0.526, "high": 0.599, "queries": 100, "log_loss": 0.2611},
+        {"model": "pbm", "agreement": 0.649, "low": 0.616, "high": 0.678, "queries": 100, "log_loss": 0.2620},
+    ],
+}
+
+
+def test_the_page_shows_both_numbers_of_each_click_model_and_marks_the_one_that_is_used(found):
+    text = page(found | {"click_models": MODEL})
+    rows = re.findall(r"<tr( class=\"chosen\")?><td>(.*?)</td></tr>", text)
+    (ctr,), (pbm,) = ([cells for chosen, cells in rows if bool(chosen) == used and "0.26" in cells] for used in (0, 1))
+    assert "plain click rate" in ctr and "0.566<small>[0.53, 0.60]" in ctr and "0.2611" in ctr and "used" not in ctr
+    assert "position-based model" in pbm and "0.649<small>[0.62, 0.68]" in pbm and "0.2620" in pbm and "used" in pbm
+    assert len(re.findall("<img", text)) == 4 and "Shuffled pages" in text
+
+
+def test_the_page_says_which_click_model_is_used_why_and_how_far_shoppers_look(found):
+    text = page(found | {"click_models": MODEL})
+    assert "read by the position-based model (PBM): it agrees best with human grades on 100 validation queries" in text
+    assert "result 5 is looked at 32% as often as the first" in text
+
+
+def test_the_curve_is_drawn_in_order_down_to_position_20_and_moves_with_the_numbers(found):
+    assert list(report._curve(MODEL["examination"]["pbm"])) == [1, 2, 3, 4, 5, 10]
+    other = MODEL | {"examination": MODEL["examination"] | {"pbm": {"1": 1.0, "2": 0.1}}}
+    moved = MODEL | {"interventional": [point | {"low": 0.0} for point in MODEL["interventional"]]}
+    sources = [re.findall(r'src="([^"]*)', page(found | {"click_models": m}))[-1] for m in (MODEL, other, moved)]
+    assert len(set(sources)) == 3
+
+
+def test_the_page_says_nothing_of_click_models_without_any(found):
+    assert "How clicks are read" not in page(found)
+    assert page(found | {"click_models": None}) == page(found)
+
+
+def test_a_log_without_positions_has_a_sentence_and_no_curve(found):
+    bare = {"click_model": "ctr", "why": "the recipe asks for it", "examination": {"ctr": {"null": 1.0}}}
+    text = page(found | {"click_models": bare | {"interventional": [], "models": []}})
+    assert "read by the plain click rate (CTR): the recipe asks for it." in text
+    assert len(re.findall("<img", text)) == 3 and "Agreement with grades" not in text

@@ -86,8 +86,14 @@ def test_broken_lines_after_the_first_are_rejects(tmp_path):
     )
     found, rejects, _ = documents(str(tmp_path / "d.jsonl"))
     assert found["title"].to_pylist() == ["half \ufffd"]
-    assert rejects["line"].to_pylist() == [2, 3, 4, 5, 6, 7]
-    assert rejects["reason"].to_pylist() == ["no doc_id"] * 5 + ["neither title nor summary"]
+    assert [(row["line"], row["reason"]) for row in rejects.to_pylist()] == [
+        (2, "not JSON"),
+        (3, "not UTF-8"),
+        (4, "not JSON"),
+        (5, "not a JSON object"),
+        (7, "neither title nor summary"),
+    ]
+    assert rejects["raw"].to_pylist()[:2] == ["{", "\ufffd"]
 
 
 def test_25000_rows_come_in_2_blocks_and_are_numbered_from_1(tmp_path):
@@ -126,7 +132,7 @@ def test_a_judgment_has_its_query_normalised_and_a_split_if_given(tmp_path):
         ({"doc_id": None}, "no doc_id"),
         *(
             ({"grade": grade}, "grade is no whole number from 0 to 10")
-            for grade in ("3", None, 1.5, -1, 11, float("nan"))
+            for grade in ("3", None, True, 1.5, -1, 11, float("nan"))
         ),
         ({"grade": float("inf")}, "grade is no whole number from 0 to 10"),
         ({"split": "dev"}, "split is none of train, validation, test"),

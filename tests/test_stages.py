@@ -248,3 +248,11 @@ def test_reads_must_be_there_and_made_with_these_settings(at):
     commit(found["sample"], at)
     stages.check_reads(found["score"], at)
     stages.check_reads(found["generate"], at)
+
+
+def test_queries_beside_the_judgments_and_topics_are_inputs_too(real, tmp_path):
+    (tmp_path / "queries.jsonl").write_text("")
+    (tmp_path / "t.tsv").write_text("1\ta\n")
+    real["data"]["topics"] = [str(tmp_path / "t.tsv")]
+    found = [path.rsplit("/", 1)[1] for path, _, _ in steps(**real)["ingest"].inputs]
+    assert sorted(found) == ["d.jsonl", "e.jsonl", "j.jsonl", "q.jsonl", "queries.jsonl", "t.tsv"]

@@ -15,7 +15,8 @@ import pytest
 from pyarrow import fs as pafs
 
 from disranker import vocabulary, world
-from disranker.recipe import Refused, World
+from disranker.inputs import World
+from disranker.recipe import Refused
 
 SMALL = World(documents=1500, queries=300, judged=150, searches=12_000, shards=3)
 SEED = 7
@@ -268,15 +269,18 @@ def test_right_documents_without_a_shared_word_are_shown_sometimes(log: dict[str
     assert 0.01 < (wordless & (shown(people) >= 2)).mean() < 0.15
 
 
-def test_one_page_in_ten_is_shuffled_so_the_usual_order_is_broken_there(log: dict[str, Any]) -> None:
+def test_one_page_in_ten_is_shuffled_and_marked_so_and_the_usual_order_is_broken_there(log: dict[str, Any]) -> None:
     pools = world._pools(SMALL.documents, SMALL.queries, SEED)[0]
     row = {text: number for number, text in enumerate(world.queries(SMALL, SEED))}
-    drops = []
+    drops: dict[bool, list[float]] = {True: [], False: []}
     for search in log["searches"][:3000]:
         pool = pools[row[" ".join(search["user_query"].lower().split())]].tolist()
         places = [pool.index(int(hit[1:])) for hit in search["query_response_hit_ids"]]
-        drops.append(np.corrcoef(np.minimum(places, world.EXTRA_RANK), np.arange(10))[0, 1])
-    assert 0.09 < np.mean(np.array(drops) < 0) < 0.22  # half of the shuffled ones, and some by noise
+        order = np.corrcoef(np.minimum(places, world.EXTRA_RANK), np.arange(10))[0, 1]
+        drops[search["query_attributes"].get("shuffled", False)].append(order)
+    assert 0.08 < len(drops[True]) / 3000 < 0.12
+    assert 0.35 < np.mean(np.array(drops[True]) < 0) < 0.65  # half of the shuffled ones
+    assert np.mean(np.array(drops[False]) < 0) < 0.16  # some by noise
 
 
 def test_the_4_bots_are_the_busiest_clients_and_click_most(log: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Interval = Mapping[str, float | None]  # value, low, high
 
 COLOURS = ("#8a94a6", "#e0912f", "#2563c9", "#2e9e6b", "#8b5cd6", "#c9418a")  # of runs, in their order
-GREY = "#5b6472"
+GREY, INK = "#5b6472", "#1d2430"
 WIDTH_IN = 4.8  # of every picture: as wide as a phone, so that its letters stay readable there
 
 
@@ -39,7 +39,7 @@ def bars(groups: Sequence[str], found: Mapping[str, Sequence[Interval]], label: 
         for i, (name, intervals) in enumerate(found.items()):
             rows = [row - 0.4 + (i + 0.5) * height for row in range(len(groups))]
             axes.barh(rows, _column(intervals, "value"), height * 0.9, color=COLOURS[i % len(COLOURS)], label=name)
-            axes.hlines(rows, _column(intervals, "low"), _column(intervals, "high"), color="#1d2430", linewidth=1.2)
+            axes.hlines(rows, _column(intervals, "low"), _column(intervals, "high"), color=INK, linewidth=1.2)
         _rows(axes, groups, label)
         axes.set_xlim(left=0)
         axes.legend(
@@ -52,6 +52,37 @@ def bars(groups: Sequence[str], found: Mapping[str, Sequence[Interval]], label: 
         )
 
     return _picture(draw, max(2, len(groups) * len(found) // 2 + 1))
+
+
+def curves(found: Mapping[str, Mapping[int, float]], points: Sequence[Mapping[str, float]], label: str) -> str:
+    """A line over positions for each model, and `points` (position, examination, low, high) with their intervals."""
+
+    def draw(axes: "Axes") -> None:
+        for i, (name, curve) in enumerate(found.items()):
+            axes.plot(list(curve), list(curve.values()), "o-", color=COLOURS[i % 6], label=name, markersize=3.5)
+        if points:
+            at, value, low, high = (_column(points, key) for key in ("position", "examination", "low", "high"))
+            axes.vlines(at, low, high, color=INK, linewidth=1.2, zorder=3)
+            axes.plot(at, value, "D", color=INK, markersize=4.5, label="shuffled pages", zorder=4)
+        _plane(axes, "position", label)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handlelength=1.4, fontsize=9)
+
+    return _picture(draw, 7)
+
+
+def _plane(axes: "Axes", across: str, up: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(across, color=GREY)
+    axes.set_ylabel(up, color=GREY)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#e6e9ee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#c9ced6")
 
 
 def _points(axes: "Axes", names: Sequence[str], found: Sequence[Interval], colours: Sequence[str], label: str) -> None:

@@ -21,6 +21,13 @@ BANDS = ("head", "torso", "tail", "unseen")
 HEADLINE = "ndcg@10"  # the metric of the sentences, the pictures and the gate
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 FIRST = 5  # documents compared at the top of two rankings
+DEEPEST = 20  # positions of the examination plot
+CLICK_MODELS = {
+    "ctr": "plain click rate (CTR)",
+    "coec": "clicks over expected clicks (COEC)",
+    "pbm": "position-based model (PBM)",
+    "dbn": "dynamic Bayesian network (DBN)",
+}
 
 
 def evaluate(
@@ -135,6 +142,7 @@ def html(report: Report, *, title: str, facts: Mapping[str, str], examples: list
         first=FIRST,
         sentences=_sentences(report),
         pictures=_pictures(report),
+        clicks=_clicks(report.get("click_models")),
     )
 
 
@@ -238,6 +246,36 @@ def _sentence(report: Report, pair: Mapping[str, Any]) -> tuple[str, str]:
             f"{a} keeps {value / other:.1%} of the teacher's NDCG@10 and {verdict} ({numbers})."
         )
     return tone, f"{a} {verdict} ({numbers})."
+
+
+def _clicks(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the page says of the click models; None without any. `found` as the manifest of the evidence has it."""
+    if not found:
+        return None
+    curves = {name: _curve(curve) for name, curve in found["examination"].items()}
+    points = [point for point in found["interventional"] if point["position"] <= DEEPEST]
+    drawn = {name.upper(): curve for name, curve in curves.items() if len(curve) > 1}
+    return {
+        "sentence": _looked(found, curves.get(found["click_model"], {})),
+        "rows": [row | {"called": CLICK_MODELS.get(row["model"], row["model"])} for row in found["models"]],
+        "chosen": found["click_model"],
+        "shuffled": bool(points),
+        "picture": pictures.curves(drawn, points, "examination") if drawn or points else None,
+    }
+
+
+def _curve(examination: Mapping[Any, float]) -> dict[int, float]:
+    """The part of a curve that is drawn; a log without positions has none. JSON made its keys text."""
+    known = {int(position): x for position, x in examination.items() if position not in (None, "null")}
+    return {position: known[position] for position in sorted(known) if position <= DEEPEST}
+
+
+def _looked(found: Mapping[str, Any], curve: Mapping[int, float]) -> str:
+    called = CLICK_MODELS.get(found["click_model"], found["click_model"])
+    said = f"What shoppers clicked is read by the {called}: {found['why']}."
+    if found["click_model"] == "ctr" or not curve.get(1) or FIRST not in curve:
+        return said
+    return f"{said} By it, result {FIRST} is looked at {curve[FIRST] / curve[1]:.0%} as often as the first."
 
 
 def _pictures(report: Report) -> list[tuple[str, str]]:

@@ -1,19 +1,19 @@
-"""Files of documents and judgments (parquet or JSON lines) -> rows, or rejects with a reason."""
+"""Files of documents and judgments -> rows of the tables, or rejects with a reason."""
 
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from disranker import logs, store, tables
+from disranker import formats, logs, tables, trec
+from disranker.cleaning import normalise
+from disranker.formats import Row, Unreadable
 from disranker.recipe import Refused
 
 ROWS_PER_BLOCK = 20_000
-COLUMNS = {"documents": ("doc_id", "title", "summary"), "judgments": ("query", "doc_id", "grade")}
 HIGHEST_GRADE = 10  # beyond, a gain of 2^grade is surely a mistake
 
 DOCUMENT = pa.schema(
@@ -25,15 +25,16 @@ DOCUMENT = pa.schema(
 )
 
 
-def rows(file: str, what: str) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """Rows with their number from 1, in blocks.
+def rows(file: str, what: str) -> Iterator[list[tuple[int, Row | Unreadable]]]:
+    """Rows with their number, as `formats.rows` has them, in blocks.
 
     Raises `Refused` for a column that is missing or a file of another kind.
     """
-    reader = _parquet if store.locate(file)[1].endswith(".parquet") else _json_lines
     try:
-        yield from reader(file, what)
-    except (OSError, pa.ArrowException) as error:
+        found = formats.rows(file, what)
+        while block := list(islice(found, ROWS_PER_BLOCK)):
+            yield block
+    except (OSError, EOFError, pa.ArrowException) as error:
         raise Refused(f"{file} cannot be read as {what}: {' '.join(str(error).split())}") from error
 
 
@@ -56,19 +57,22 @@ def unique_documents(part: pa.Table) -> tuple[pa.Table, pa.Table, dict[str, int]
     return tables.conform("documents", once.to_arrow()), tables.conform("rejects", refused.to_arrow()), counts
 
 
-def judgments(files: list[str]) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
-    """(graded pairs with file and line, rejects). Human grades are few: they fit in memory."""
+def judgments(files: Sequence[str], topics: Sequence[str] = ()) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    """(graded pairs with file and line, rejects). Human grades are few: they fit in memory.
+
+    `topics` are files with the texts of queries that the judgments name by id.
+    """
     good: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
+    texts = trec.topics(topics)
     for file in files:
-        for block in rows(file, "judgments"):
-            for number, row in block:
-                place = {"file": file, "line": number}
-                reason = _unusable(row)
-                if reason:
-                    refused.append(place | {"reason": reason, "raw": _raw(row)})
-                else:
-                    good.append(place | _judgment(row))
+        for number, row in _with_texts(file, texts):
+            place = {"file": file, "line": number}
+            reason = _unusable(row)
+            if reason:
+                refused.append(place | {"reason": reason, "raw": _raw(row)})
+            elif isinstance(row, dict):
+                good.append(place | _judgment(row))
     schema = {
         "file": pl.String,
         "line": pl.Int64,
@@ -80,29 +84,64 @@ def judgments(files: list[str]) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     return pl.DataFrame(good, schema=schema), refused
 
 
+def _with_texts(file: str, topics: dict[str, str]) -> Iterator[tuple[int, Row | Unreadable]]:
+    """Judgments of one file; where queries have ids, with the texts. Raises `Refused` where there are none."""
+    texts: dict[str, str] | None = None
+    for block in rows(file, "judgments"):
+        for number, row in block:
+            if isinstance(row, dict) and "query_id" in row:
+                texts = _texts(file, topics) if texts is None else texts
+                yield number, _with_text(row, texts)
+            else:
+                yield number, row
+
+
+def _texts(file: str, topics: dict[str, str]) -> dict[str, str]:
+    queries = trec.beside(file)
+    texts = topics | (trec.topics([queries]) if queries else {})  # what lies beside a file is about that file
+    if not texts:
+        raise Refused(
+            f"data.judgments: {file} names queries by id; give data.topics their texts (id<TAB>text lines, or BEIR's "
+            "queries.jsonl, which is also found beside the file or one folder above)"
+        )
+    return texts
+
+
+def _with_text(row: Row, texts: dict[str, str]) -> Row | Unreadable:
+    name = row["query_id"]
+    if str(name) not in texts:
+        return Unreadable(f"no text for query id {name}", _raw(row))
+    return row | {"query": texts[str(name)]}
+
+
 def _judgment(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "query": logs.normalise(str(row["query"])),
+        "query": normalise(str(row["query"])),
         "doc_id": str(row["doc_id"]),
         "grade": int(row["grade"]),
         "split": row.get("split"),
     }
 
 
-def _unusable(row: dict[str, Any]) -> str | None:
-    if row["query"] in (None, "") or not logs.normalise(str(row["query"])):
+def _unusable(row: Row | Unreadable) -> str | None:
+    if isinstance(row, Unreadable):
+        return row.reason
+    if row["query"] in (None, "") or not normalise(str(row["query"])):
         return "no query"
     if row["doc_id"] in (None, ""):
         return "no doc_id"
     grade = row["grade"]
-    if not isinstance(grade, int | float) or grade != grade // 1 or not 0 <= grade <= HIGHEST_GRADE:
+    whole = isinstance(grade, int | float) and not isinstance(grade, bool) and grade == grade // 1
+    if not whole or not 0 <= grade <= HIGHEST_GRADE:
         return f"grade is no whole number from 0 to {HIGHEST_GRADE}"
     if row.get("split") not in (None, "train", "validation", "test"):
         return "split is none of train, validation, test"
     return None
 
 
-def _document(file: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
+def _document(file: str, number: int, row: Row | Unreadable) -> dict[str, Any]:
+    if isinstance(row, Unreadable):
+        return {"file": file, "line": number, "reason": row.reason, "raw": row.raw, "doc_id": ""}
     title, summary = (str(row[name] or "").strip() for name in ("title", "summary"))
     reason = (
         "no doc_id" if row["doc_id"] in (None, "") else "neither title nor summary" if not title + summary else None
@@ -111,36 +150,7 @@ def _document(file: str, number: int, row: dict[str, Any]) -> dict[str, Any]:
     return found | {"doc_id": "" if row["doc_id"] is None else str(row["doc_id"]), "title": title, "summary": summary}
 
 
-def _parquet(file: str, what: str) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    filesystem, path = store.locate(file)
-    with filesystem.open_input_file(path) as source:
-        parquet = pq.ParquetFile(source)
-        tables.require(COLUMNS[what], parquet.schema_arrow.names, f"data.{what}: {file}")
-        wanted = [name for name in (*COLUMNS[what], "split") if name in parquet.schema_arrow.names]
-        number = 1
-        for batch in parquet.iter_batches(ROWS_PER_BLOCK, columns=wanted):
-            yield list(enumerate(batch.to_pylist(), start=number))
-            number += batch.num_rows
-
-
-def _json_lines(file: str, what: str) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    filesystem, path = store.locate(file)
-    block: list[tuple[int, dict[str, Any]]] = []
-    with filesystem.open_input_stream(path, compression="detect") as stream:
-        for number, line in enumerate(io.BufferedReader(stream), start=1):
-            try:
-                row = logs.parsed(line)
-            except logs.Broken:
-                row = None
-            row = row if isinstance(row, dict) else {}
-            if number == 1:
-                tables.require(COLUMNS[what], row, f"data.{what}: {file}")
-            block.append((number, dict.fromkeys(COLUMNS[what]) | row))
-            if len(block) == ROWS_PER_BLOCK:
-                yield block
-                block = []
-    yield block
-
-
-def _raw(row: dict[str, Any]) -> str:
+def _raw(row: Row | Unreadable) -> str:
+    if isinstance(row, Unreadable):
+        return row.raw
     return json.dumps(row, ensure_ascii=False, default=str)[: logs.RAW_CHARACTERS]

@@ -1,12 +1,12 @@
 """The stages, what each reads and writes, and which of them have to run and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs
 
-from disranker import contract, store
+from disranker import contract, ledger, store, trec
 from disranker.recipe import Recipe, Refused, digest
 
 FORMAT = 1  # of the tables; a change does every stage again
@@ -31,6 +31,10 @@ HOW = frozenset(
 )
 
 
+# Of these a stage keeps what still holds: it was paid for, or took long to read.
+KEPT = frozenset({"documents", "judgments", "searches", "rejects", "labels"})
+
+
 @dataclass(frozen=True)
 class Stage:
     name: str
@@ -42,7 +46,7 @@ class Stage:
 STAGES = (
     Stage("generate", (), ("world",), ("world",)),
     Stage("ingest", ("world",), ("documents", "judgments", "searches", "rejects"), ("data", "ingest")),
-    Stage("aggregate", ("searches", "judgments"), ("evidence", "queries"), ("aggregate",)),
+    Stage("aggregate", ("searches", "judgments"), ("evidence", "queries"), ("cleaning", "aggregate")),
     Stage("sample", ("documents", "judgments", "evidence", "queries"), ("clicked", "groups"), ("sample",)),
     Stage("pretrain", ("documents", "clicked"), ("decoder",), ("teacher", "pretrain")),
     Stage("finetune", ("decoder", "groups"), ("teacher",), ("teacher", "finetune")),
@@ -72,7 +76,7 @@ def steps(recipe: Recipe) -> list[Step]:
             continue
         reads = {artefact: made[artefact] for artefact in stage.reads if artefact in made}
         settings = _settings(recipe, stage)
-        inputs = _identities(_outside(recipe, stage))
+        inputs = identities(_outside(recipe, stage))
         fingerprint = digest([FORMAT, stage.name, recipe.seed, settings, reads, inputs])
         made |= dict.fromkeys(stage.writes, fingerprint)
         found.append(Step(stage, fingerprint, reads, settings, inputs))
@@ -113,6 +117,18 @@ def check_reads(step: Step, at: store.Store) -> None:
             raise Refused(f"{step.stage.name}: {artefact} {state} in {at.uri}; {mend}")
 
 
+def resting(at: store.Store) -> list[str]:
+    """Artefacts that were made, directly or through others, of searches of people who were forgotten since."""
+    moment, of_searches = ledger.forgot_at(at), {"searches"}
+    for stage in STAGES:
+        if of_searches & set(stage.reads):
+            of_searches |= set(stage.writes)
+    if moment is None:
+        return []
+    made = {artefact: at.finished(artefact) for artefact in of_searches}
+    return sorted(artefact for artefact, manifest in made.items() if manifest and manifest["finished"] <= moment)
+
+
 def _has(recipe: Recipe, stage: Stage) -> bool:
     if stage.name == "generate":
         return recipe.made_up
@@ -127,17 +143,27 @@ def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 def _outside(recipe: Recipe, stage: Stage) -> Iterator[str]:
     """Files that the stage reads and no stage writes. Raises `Refused` for a path where nothing lies."""
-    if stage.name == "ingest" and not recipe.made_up:
-        for what in type(recipe.data).model_fields:
-            yield from store.expand(getattr(recipe.data, what), what)
+    if stage.name == "ingest":
+        for what, patterns in recipe.data.files().items():
+            files = store.expand(patterns, what)
+            yield from files
+            if what == "judgments":
+                yield from sorted({queries for file in files if (queries := trec.beside(file))})
+        yield from _forgotten(recipe)
     bases = {"pretrain": recipe.teacher.base, "finetune": recipe.teacher.base, "distill": recipe.student.base}
     for name, base in bases.items():
         if stage.name == name and base != "scratch" and store.is_folder(base):
             yield from store.expand([base], f"{name}.base")
 
 
-def _identities(files: Iterator[str]) -> list[list[Any]]:
-    """What tells a changed file from the same one without reading it."""
+def _forgotten(recipe: Recipe) -> Iterator[str]:
+    root = store.Store(recipe.root)
+    if ledger.forgot_at(root):
+        yield f"{root.uri}/{ledger.FORGOTTEN}"
+
+
+def identities(files: Iterable[str]) -> list[list[Any]]:
+    """What tells a changed file from the same one without reading it: path, bytes, time of change."""
     found = []
     for uri in files:
         filesystem, path = store.locate(uri)

@@ -45,6 +45,7 @@ SCHEMAS = {
             ("client", pa.string()),
             ("time", pa.timestamp("ms", tz="UTC")),
             ("hits", pa.list_(HIT)),
+            ("shuffled", pa.bool_()),  # whether the log says that the order of the page was left to chance
         ]
     ),
     "rejects": pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())]),
@@ -105,5 +106,9 @@ def require(columns: Iterable[str], found: Iterable[str], where: str) -> None:
 
 def part_of(keys: Iterable[str], parts: int) -> np.ndarray:
     """The part, from 0, that each key belongs to: stable between runs, machines and Python processes."""
-    hashed = pd.util.hash_array(np.asarray(list(keys), dtype=object))
-    return (hashed % parts).astype(np.int32)
+    return (slots(keys) % parts).astype(np.int32)
+
+
+def slots(keys: Iterable[str]) -> np.ndarray:
+    """A number of 64 bits for each key, of which its part is the remainder."""
+    return np.asarray(pd.util.hash_array(np.asarray(list(keys), dtype=object)))

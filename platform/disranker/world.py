@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from disranker.recipe import Refused, World
+from disranker.inputs import World
+from disranker.recipe import Refused
 from disranker.vocabulary import CONCEPTS, FACETS, NEARNESS, USUAL, describe, name_and_words
 
 PAGE = 10
@@ -251,6 +252,7 @@ class _Pages:
     number: np.ndarray  # (n,) of the search in the whole log
     query: np.ndarray  # (n,)
     start: np.ndarray  # (n,) 0, or PAGE on the second page
+    shuffled: np.ndarray  # (n,) shown in an order of chance, and marked so
     bot: np.ndarray  # (n,)
     client: np.ndarray  # (n,) bots first
     time_ms: np.ndarray  # (n,)
@@ -279,6 +281,7 @@ def _browse(cfg: World, seed: int, number: np.ndarray, rng: np.random.Generator)
         number=number,
         query=query,
         start=np.where(second, PAGE, 0),
+        shuffled=shuffled,
         bot=bot,
         client=np.where(bot, rng.integers(_bots(cfg), size=n), _bots(cfg) + rng.integers(people, size=n)),
         time_ms=START_MS + ((number + rng.random(n)) * (SPAN_MS / cfg.searches)).astype(np.int64),
@@ -306,15 +309,15 @@ def _log(cfg: World, seed: int, index: int) -> Iterator[tuple[list[str], list[st
 def _search_lines(pages: _Pages, typed: list[str], doc_ids: list[str], seed: int) -> list[str]:
     hits = ['", "'.join([doc_ids[document] for document in row]) for row in pages.document.tolist()]
     ids = (_ids(seed, stream, pages.number) for stream in (_SEARCH_ID, _RESPONSE_ID))
-    columns = zip(
-        *ids, _ids(seed, _CLIENT_ID, pages.client), typed, hits, pages.start.tolist(), _iso(pages.time_ms), strict=True
-    )
+    clients, starts = _ids(seed, _CLIENT_ID, pages.client), pages.start.tolist()
+    marks = [', "shuffled": true' if shuffled else "" for shuffled in pages.shuffled.tolist()]
+    columns = zip(*ids, clients, typed, hits, starts, marks, _iso(pages.time_ms), strict=True)
     # words of this shop need no escape, and json.dumps would take most of the time
     return [
         f'{{"application": "shop", "query_id": "{query_id}", "client_id": "{client}", "user_query": "{text}", '
         f'"query_response_id": "{response}", "query_response_hit_ids": ["{row}"], '
-        f'"query_attributes": {{"start": {start}}}, "timestamp": "{time}Z"}}\n'
-        for query_id, response, client, text, row, start, time in columns
+        f'"query_attributes": {{"start": {start}{mark}}}, "timestamp": "{time}Z"}}\n'
+        for query_id, response, client, text, row, start, mark, time in columns
     ]
 
 

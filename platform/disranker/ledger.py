@@ -1,0 +1,311 @@
+"""What was read of a log: batches of files, each there whole or not at all, and the cells that they reach.
+
+`root/records/<settings>/<batch>/` holds the records of a few log files, by part (of the client) and period (of the
+time); `<batch>.json` beside it is written last and makes the batch exist. A cell, one part of one period, is a function
+of the batches that reach it, and its file is named after them: nothing is joined again unless something new reaches it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from typing import IO, Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import fs
+
+from disranker import logs, tables
+from disranker.inputs import Ingest
+from disranker.recipe import digest
+from disranker.store import Store
+
+MOST_OPEN = 128  # files that one task writes at a time
+# Arrow's own format: records are read once or twice, and parquet takes five times as long to write them.
+COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
+FORGOTTEN = "forgotten.json"
+
+Identity = list[Any]  # path, bytes, time of change
+
+
+@dataclass(frozen=True)
+class Cell:
+    part: int
+    period: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    name: str
+    number: int  # in the order of reading: of two that hold one file, the later counts
+    files: list[Identity]
+    counts: dict[str, dict[str, int]]  # by file
+    reaches: list[list[int]]  # cells, as part and period, for which its records may matter
+
+
+class Ledger:
+    """The batches of one root, read with one set of settings."""
+
+    def __init__(self, store: Store, settings: Any, cfg: Ingest):
+        self.store, self.cfg = store, cfg
+        self.folder = f"records/{digest(settings)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.store, self.folder, self.cfg)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """All that exist, in the order of reading."""
+        found = [path for path in self._paths if path.endswith(".json")]
+        return sorted((Batch(**json.loads(self._text(path))) for path in found), key=lambda batch: batch.number)
+
+    @cached_property
+    def _paths(self) -> list[str]:
+        """All files, listed once: an object store is slow to list."""
+        return sorted(info.path for info in self.store.files(self.folder))
+
+    @cached_property
+    def forgotten(self) -> dict[str, int]:
+        return forgotten(self.store)
+
+    def latest(self) -> dict[str, tuple[Identity, Batch]]:
+        """For each path its identity when it was read last, and the batch that holds it."""
+        return {identity[0]: (identity, batch) for batch in self.batches for identity in batch.files}
+
+    def unread(self, identities: list[Identity]) -> list[Identity]:
+        """Files that are new, or not what they were."""
+        known = self.latest()
+        return [found for found in identities if found[0] not in known or known[found[0]][0] != found]
+
+    def begin(self, identities: list[Identity]) -> str:
+        """The name of the next batch; what a killed run left of any goes."""
+        there = {batch.name for batch in self.batches}
+        for info in self.store.fs.get_file_info(fs.FileSelector(self.store.at(self.folder), allow_not_found=True)):
+            if info.type == fs.FileType.Directory and info.base_name not in there:
+                self.store.fs.delete_dir(info.path)
+        return digest(identities)
+
+    def commit(self, name: str, identities: list[Identity], said: list[dict[str, Any]]) -> None:
+        """Makes a batch exist; `said` is what `Writer.close` said of each file."""
+        reaches = sorted({tuple(cell) for one in said for cell in one["reaches"]})
+        counts = {identity[0]: one["counts"] for identity, one in zip(identities, said, strict=True)}
+        number = 1 + max((batch.number for batch in self.batches), default=0)
+        batch = Batch(name, number, identities, counts, [list(cell) for cell in reaches])
+        self.store.put_text(json.dumps(asdict(batch)), self.folder, f"{name}.json")
+        for known in ("batches", "_paths"):
+            self.__dict__.pop(known, None)
+
+    def drop_others(self) -> None:
+        """Removes what was read with other settings."""
+        for info in self.store.fs.get_file_info(fs.FileSelector(self.store.at("records"), allow_not_found=True)):
+            if info.path != self.store.at(self.folder):
+                self.store.fs.delete_dir(info.path)
+
+    def cells(self) -> dict[Cell, str]:
+        """The name of what each cell holds, by all that it is made of."""
+        reached: dict[Cell, list[Any]] = {}
+        for batch in self.batches:
+            replaced = sorted(self.replaced(batch))
+            for part, period in batch.reaches:
+                reached.setdefault(Cell(part, period), []).append([batch.name, replaced])
+        gone: dict[int, list[str]] = {}
+        for client, slot in self.forgotten.items():
+            gone.setdefault(slot % self.cfg.parts, []).append(client)
+        return {cell: digest([self.folder, of, sorted(gone.get(cell.part, []))]) for cell, of in reached.items()}
+
+    def replaced(self, batch: Batch) -> set[str]:
+        """Files of a batch that were read again later."""
+        latest = self.latest()
+        return {identity[0] for identity in batch.files if latest[identity[0]][1].name != batch.name}
+
+    def records(self, cell: Cell) -> pa.Table:
+        """All records that matter to a cell: of its period, and of the time around it in which an event may be late."""
+        length, margin = self.cfg.period_days * logs.DAY_MS, max(self.cfg.late_s, self.cfg.page_gap_s) * logs.MS
+        first, last = cell.period * length - margin, (cell.period + 1) * length + margin
+        found = [logs.RECORD.empty_table()]
+        for batch in self.batches:
+            if [cell.part, cell.period] in batch.reaches:
+                periods = range(cell.period - 1, cell.period + 2)
+                for period in periods:
+                    for path in self._starting(batch.name, f"records-{cell.part:05d}-{period}-"):
+                        rows = self._current(batch, self._read(path))
+                        found.append(rows if period == cell.period else _between(rows, first, last))
+        return pa.concat_tables(found)
+
+    def rejects(self, batch: Batch) -> pa.Table:
+        """Lines of a batch that could not be read."""
+        read = map(self._read, self._starting(batch.name, "rejects-"))
+        found = pa.concat_tables([tables.SCHEMAS["rejects"].empty_table(), *read])
+        return self._current(batch, found)
+
+    def counts(self) -> dict[str, int]:
+        """What was counted while reading, over all files that still count."""
+        found: dict[str, int] = {}
+        for path, (_, batch) in self.latest().items():
+            for name, value in batch.counts[path].items():
+                found[name] = found.get(name, 0) + value
+        return found
+
+    def lines_of(self, clients: list[str]) -> int:
+        """How many records there are of clients."""
+        return sum(rows.num_rows - kept.num_rows for _, rows, kept in self._without(clients))
+
+    def forget(self, clients: list[str]) -> int:
+        """Removes the records of clients from every batch, and returns how many there were. The batches stay."""
+        removed = 0
+        for path, rows, kept in self._without(clients):
+            if kept.num_rows < rows.num_rows:
+                self.store.put(partial(_write, kept), path.removeprefix(self.store.at("")))
+                removed += rows.num_rows - kept.num_rows
+        return removed
+
+    def _without(self, clients: list[str]) -> Iterator[tuple[str, pa.Table, pa.Table]]:
+        """(file, what it holds, what is not of the clients) for each file that may hold something of theirs."""
+        parts = set(tables.part_of(clients, self.cfg.parts).tolist())
+        for path in self._paths:
+            kind, *numbers = path.rsplit("/", 1)[1].split("-")
+            if kind == "rejects":
+                rows = self._read(path)
+                yield path, rows, without_words(rows, clients)
+            elif kind == "records" and int(numbers[0]) in parts:
+                rows = self._read(path)
+                yield path, rows, rows.filter(pc.invert(pc.is_in(rows["client"], pa.array(clients))))
+
+    def _current(self, batch: Batch, rows: pa.Table) -> pa.Table:
+        """Without what was read again from a changed file."""
+        replaced = pa.array(sorted(self.replaced(batch)), pa.string())
+        return rows.filter(pc.invert(pc.is_in(rows["file"], replaced))) if len(replaced) else rows
+
+    def _starting(self, batch: str, name: str) -> list[str]:
+        start = self.store.at(self.folder, batch, name)
+        return [path for path in self._paths if path.startswith(start)]
+
+    def _read(self, path: str) -> pa.Table:
+        with self.store.fs.open_input_file(path) as file:
+            return pa.ipc.open_file(file).read_all()
+
+    def _text(self, path: str) -> bytes:
+        with self.store.fs.open_input_stream(path) as file:
+            return bytes(file.read())
+
+
+def _write(rows: pa.Table, out: IO[bytes]) -> None:
+    with pa.ipc.new_file(out, rows.schema, options=COMPRESSED) as writer:
+        writer.write_table(rows)
+
+
+def _between(rows: pa.Table, first_ms: int, last_ms: int) -> pa.Table:
+    ms = rows["time"].cast(pa.int64())
+    return rows.filter(pc.and_(pc.greater_equal(ms, first_ms), pc.less(ms, last_ms)))
+
+
+def _again(store: Store, folder: str, cfg: Ingest) -> Ledger:
+    made = Ledger(store, None, cfg)
+    made.folder = folder
+    return made
+
+
+class Writer:
+    """Records of one log file -> files by part and period. Holds no more than a block in memory."""
+
+    def __init__(self, ledger: Ledger, batch: str, number: int):
+        self.store, self.cfg, self.forgotten = ledger.store, ledger.cfg, ledger.forgotten
+        self.folder, self.number = f"{ledger.folder}/{batch}", number
+        self.counts = {"lines": 0, "other_events": 0, "broken": 0, "of_forgotten_clients": 0}
+        self.reaches: set[tuple[int, int]] = set()
+        self.writers: dict[str, pa.RecordBatchFileWriter] = {}
+        self.files = ExitStack()
+        self.times_full = 0
+
+    def add(self, block: pa.Table) -> None:
+        rows = pl.DataFrame(pl.from_arrow(block))
+        other, refused = (rows.filter(pl.col("kind") == kind) for kind in ("other", "reject"))
+        kept = self._known(rows.filter(~pl.col("kind").is_in(["other", "reject"])))
+        self.counts["lines"] += rows.height
+        self.counts["other_events"] += other.height
+        self.counts["broken"] += refused.height
+        if refused.height:
+            self._write("rejects", tables.conform("rejects", refused.to_arrow()))
+        if kept.height:
+            self._keep(kept)
+
+    def close(self) -> dict[str, Any]:
+        """Ends all files; what was counted, and the cells that are reached."""
+        self.files.close()
+        return {"counts": self.counts, "reaches": sorted(self.reaches)}
+
+    def _known(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Without the clients that asked to be forgotten."""
+        if not self.forgotten:
+            return rows
+        gone = [client for client in rows["client"].unique() if hashed(client) in self.forgotten]
+        kept = rows.filter(~pl.col("client").is_in(gone))
+        self.counts["of_forgotten_clients"] += rows.height - kept.height
+        return kept
+
+    def _keep(self, rows: pl.DataFrame) -> None:
+        clients = rows["client"].unique()
+        parts = tables.part_of(clients, self.cfg.parts)
+        part = rows["client"].replace_strict(clients, parts, return_dtype=pl.Int32)
+        margin = max(self.cfg.late_s, self.cfg.page_gap_s)
+        for by in (-margin, 0, margin):
+            near = pl.DataFrame({"part": part, "period": logs.periods(rows["time"], self.cfg.period_days, by)})
+            self.reaches |= set(near.unique().iter_rows())
+        placed = rows.with_columns(part=part, period=logs.periods(rows["time"], self.cfg.period_days))
+        cells = placed.partition_by("part", "period", as_dict=True, include_key=False)
+        for (number, period), inside in cells.items():
+            self._write(f"records-{number:05d}-{period}", logs.table(inside.to_arrow()))
+
+    def _write(self, start: str, rows: pa.Table) -> None:
+        if start not in self.writers:
+            if len(self.writers) == MOST_OPEN:  # a log in which times jump about: begin again with other files
+                self.files.close()
+                self.writers.clear()
+                self.times_full += 1
+            path = self.store.at(self.folder, f"{start}-{self.number:05d}-{self.times_full}.arrow")
+            self.store.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            out = self.files.enter_context(self.store.fs.open_output_stream(path))
+            self.writers[start] = self.files.enter_context(pa.ipc.new_file(out, rows.schema, options=COMPRESSED))
+        self.writers[start].write_table(rows)
+
+
+def hashed(client: str) -> str:
+    """What is kept of a client that asked to be forgotten, so that a log that still holds it is recognised."""
+    return hashlib.blake2b(client.encode(), digest_size=16).hexdigest()
+
+
+def forgotten(store: Store) -> dict[str, int]:
+    """Clients to forget, hashed, with the number that decides their part."""
+    return dict(_memory(store)["clients"])
+
+
+def forgot_at(store: Store) -> str | None:
+    """When somebody was forgotten last, in ISO 8601."""
+    at: str | None = _memory(store)["at"]
+    return at
+
+
+def remember_to_forget(store: Store, clients: list[str]) -> None:
+    """Adds clients to those that no log brings back."""
+    slots = dict(zip(map(hashed, clients), tables.slots(clients).tolist(), strict=True))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    store.put_text(json.dumps({"at": now, "clients": forgotten(store) | slots}), FORGOTTEN)
+
+
+def _memory(store: Store) -> dict[str, Any]:
+    if store.fs.get_file_info(store.at(FORGOTTEN)).type == fs.FileType.NotFound:
+        return {"at": None, "clients": {}}
+    with store.fs.open_input_stream(store.at(FORGOTTEN)) as file:
+        found: dict[str, Any] = json.loads(file.read())
+        return found
+
+
+def without_words(rejects: pa.Table, words: list[str]) -> pa.Table:
+    """Refused lines in which none of the words occurs."""
+    for word in words:
+        rejects = rejects.filter(pc.invert(pc.fill_null(pc.match_substring(rejects["raw"], word), False)))
+    return rejects
