@@ -21,7 +21,10 @@ def run(recipe: Recipe, store: Store, clients: list[str]) -> list[str]:
     """Forgets the clients and does `ingest` and `aggregate` again; the artefacts that still rest on them."""
     if store.finished("searches") is None:
         raise Refused(f"forget: no searches in {store.uri}; run jobs.ingest first")
-    at = Ledger(store, ingest.meaning(recipe, _step(recipe, "ingest")), recipe.ingest)
+    at = _ledger(recipe, store)
+    if not at.batches:  # the run was moved, and with it the names of the files
+        launch.execute(_step(recipe, "ingest"), recipe, store)
+        at = _ledger(recipe, store)
     known = set(map(ledger.hashed, clients)) & set(at.forgotten)
     if not known and not at.lines_of(clients):
         raise Refused(f"forget: no line of {len(clients)} clients in {store.uri}; is the id written as in the log?")
@@ -30,6 +33,10 @@ def run(recipe: Recipe, store: Store, clients: list[str]) -> list[str]:
     for name in AGAIN:
         launch.execute(_step(recipe, name), recipe, store)
     return stages.resting(store)
+
+
+def _ledger(recipe: Recipe, store: Store) -> Ledger:
+    return Ledger(store, ingest.meaning(recipe, _step(recipe, "ingest")), recipe.ingest)
 
 
 def _step(recipe: Recipe, name: str) -> Step:
