@@ -152,5 +152,5 @@ def _manifest(step: stages.Step) -> dict[str, Any]:
         "reads": step.reads,
         "inputs": step.inputs,
         "versions": {name: metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }

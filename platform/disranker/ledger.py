@@ -292,7 +292,7 @@ def forgot_at(store: Store) -> str | None:
 def remember_to_forget(store: Store, clients: list[str]) -> None:
     """Adds clients to those that no log brings back."""
     slots = dict(zip(map(hashed, clients), tables.slots(clients).tolist(), strict=True))
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     store.put_text(json.dumps({"at": now, "clients": forgotten(store) | slots}), FORGOTTEN)
 
 
