@@ -25,7 +25,7 @@ from disranker.recipe import digest
 from disranker.store import Store
 
 MOST_OPEN = 128  # files that one task writes at a time
-# Arrow's own format: records are read once or twice, and parquet takes five times as long to write them.
+# Arrow's own format: records are read once or twice, and never by a part of their columns.
 COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 FORGOTTEN = "forgotten.json"
 
