@@ -1,7 +1,8 @@
 """Searches -> evidence per (query, document), and the queries with their frequency band and split.
 
-A part of `searches` holds all that some clients did. Counts of each part are made alone, exchanged by query through
-files, and added up; no search and no single impression is moved.
+A part of `searches` holds all that some clients did, and is counted alone. The counts of some queries are exchanged to
+fit click models on; then all, as pairs of query and document that the chosen model has weighted. What is exchanged goes
+through files, by query; no search and no single impression is moved.
 """
 
 import sys
@@ -18,45 +19,54 @@ from disranker.stages import Step
 from disranker.store import Store
 from jobs import counting, fitting, launch, parts
 from jobs.counting import Scratch
-from jobs.fitting import Judged
+
+Judged = dict[int, dict[str, str]]  # by part: queries that people graded, with their split
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     cfg, count, scratch = recipe.aggregate, recipe.ingest.parts, Scratch(store, step)
-    said = parts.each(
-        count, partial(counting.count, store=store, scratch=scratch, recipe=recipe), "aggregate: parts counted"
-    )
-    launch.say("aggregate: all parts counted")
-    shuffled = clicks.add([pl.DataFrame(one["shuffled"], schema=clicks.SHUFFLED) for one in said])
-    cleaned = {rule: parts.total(one["cleaning"][rule] for one in said) for rule in said[0]["cleaning"]}
-
-    merged = parts.each(count, partial(counting.merge, scratch=scratch, min_clients=recipe.cleaning.min_clients))
-    cleaned["few_clients"] = parts.total(one["few_clients"] for one in merged)
-    totals = [pl.DataFrame(one["totals"], schema=clicks.TOTALS) for one in merged]
-    frequencies = parts.total(one["frequencies"] for one in merged)
-    searches = [int(number) for number in Counter(frequencies).elements()]
-    limits = sampling.band_limits(searches, cfg.head_share, cfg.torso_share)
-
-    launch.say("aggregate: counts added up")
     judged = _judged(store, recipe)
-    some = fitting.sample([one["rows"] for one in merged])
-    models = fitting.fit(totals, some, scratch, cfg)
-    launch.say(f"aggregate: click models fitted on {len(some)} of {count} parts")
-    rows, why = fitting.compared(models, some, judged, store, scratch, recipe)
+    graded = [query for part in judged.values() for query, split in part.items() if split == "validation"]
+    settings = {
+        "store": store,
+        "scratch": scratch,
+        "recipe": recipe,
+        "share": fitting.SEARCHES / max(1, store.manifest("searches")["rows"]),
+        "always": graded,
+    }
+    said = parts.each(count, partial(counting.count, **settings), "aggregate: parts counted")
+    launch.say("aggregate: all parts counted")
+    cleaned = {rule: parts.total(one["cleaning"][rule] for one in said) for rule in said[0]["cleaning"]}
+    asked = parts.each(count, partial(counting.queries, scratch=scratch, min_clients=recipe.cleaning.min_clients))
+    cleaned["few_clients"] = parts.total(one["few_clients"] for one in asked)
+    searches = Counter({int(searches): n for searches, n in parts.total(one["frequencies"] for one in asked).items()})
+    limits = sampling.band_limits(list(searches.elements()), cfg.head_share, cfg.torso_share)
+
+    grades = pl.DataFrame(pl.from_arrow(store.read("judgments", ["query", "doc_id", "grade"])))
+    some = fitting.Some(count, scratch, cfg)
+    models = fitting.fit(some, cfg)
+    launch.say("aggregate: click models fitted")
+    rows = fitting.compared(models, some, grades.filter(pl.col("query").is_in(graded)), recipe)
     launch.say("aggregate: click models compared")
-    name = click_choice.choose(rows)[0] if cfg.click_model == "auto" else cfg.click_model
-    chosen, only = models[name], not fitting.unclicked(clicks.add(totals))
+    name, why = click_choice.choose(rows)
+    if cfg.click_model != "auto":
+        name, why = cfg.click_model, "the recipe asks for it"
+    chosen, only = models[name], not fitting.unclicked(some.totals)
 
     def write(part: int) -> dict[str, int]:
-        asked = scratch.get("queries", part, counting.QUERIES)
-        found = click_models.evidence(counting.counted(scratch, part, asked, only), chosen, cfg.prior_impressions)
+        asked = scratch.frame("queries", part, counting.QUERIES)
+        pairs = counting.paired(part, scratch, asked, only)
+        found = click_models.evidence(click_models.attractive(pairs, chosen, cfg.prior_impressions))
         store.write("evidence", part, found)
         queries = _queries(asked, judged.get(part, {}), limits, recipe)
         store.write("queries", part, queries)
         return {"evidence": found.num_rows, "queries": queries.num_rows}
 
+    parts.each(count, partial(counting.pair, scratch=scratch, fitted=chosen, count=count))
+    launch.say("aggregate: pairs counted")
     counts: dict[str, Any] = parts.total(parts.each(count, write))
     examination = {name: fitted.examination for name, fitted in models.items()}
+    shuffled = clicks.add([pl.DataFrame([row for one in said for row in one["shuffled"]], schema=clicks.SHUFFLED)])
     seen = click_models.interventional(shuffled).to_dicts()
     return counts | {
         "bots": sum(one["bots"] for one in said),

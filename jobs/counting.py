@@ -1,145 +1,182 @@
 """What `aggregate` counts: a task for each part of the clients, an exchange by query through files, and the sums."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from disranker import cleaning, clicks, tables
+from disranker import cleaning, click_models, clicks, tables
+from disranker.click_models import Fitted
 from disranker.inputs import Cleaning
 from disranker.recipe import Recipe
 from disranker.stages import Step
 from disranker.store import Store
-from jobs import parts
 
-CHUNK_ROWS = 3_000_000  # counts that a task holds before it writes them
+MOST_ROWS = 3_000_000  # counts that a task holds before it writes them
 SEEN = ["client", "query", "time", "hits.list.element.clicked"]  # what tells a bot
+SHOWN = ["client", "query", "time", "hits", "shuffled"]
+NAMED = ["hits.list.element.doc_id"]  # few names, many times: they are left as codes
+ASKED = {"query": pl.String, "client": pl.UInt64, "searches": pl.Int64}
+QUERIES = {"query": pl.String, "searches": pl.Int64, "clients": pl.Int64}
 
 
 class Scratch:
-    """Tables of this stage alone, by name, part of the queries and who wrote them.
+    """Tables of this stage alone, by name, part and who wrote them.
 
-    `counts` and `asked` have many writers; `merged` and `queries` are their sums.
+    `counts` are by part of the clients; `asked`, `some` and `pairs` are by part of the queries, of many writers, and
+    `queries` the sum of what was asked.
     """
 
     def __init__(self, store: Store, step: Step):
         self.store, self.folder = store, f"runs/aggregate-{step.fingerprint}"
 
-    def put(self, rows: pl.DataFrame, name: str, part: int, writer: str = "") -> None:
-        self.store.put_table(rows.to_arrow(), self.folder, f"{name}-{part:05d}-{writer}.parquet")
+    def put(self, rows: pa.Table, name: str, part: int, writer: str = "all") -> None:
+        self.store.put_arrow(rows, self.folder, f"{name}-{part:05d}", f"{writer}.arrow")
 
-    def get(self, name: str, part: int, schema: Any) -> pl.DataFrame:
+    def each(self, name: str, part: int) -> Iterator[pa.Table]:
+        """What each writer wrote, in the order of their names."""
+        for path in sorted(info.path for info in self.store.files(f"{self.folder}/{name}-{part:05d}")):
+            yield self.store.read_arrow(path)
+
+    def frame(self, name: str, part: int, schema: Any) -> pl.DataFrame:
         """What all writers wrote; no rows where there was nothing to write."""
-        start = f"{name}-{part:05d}-"
-        paths = sorted(info.path for info in self.store.files(self.folder) if info.base_name.startswith(start))
-        return pl.concat([pl.DataFrame(schema=schema), *map(self._read, paths)])
-
-    def _read(self, path: str) -> pl.DataFrame:
-        with self.store.fs.open_input_file(path) as file:
-            return pl.DataFrame(pl.from_arrow(pq.read_table(file)))
+        found = pa.concat_tables([pl.DataFrame(schema=schema).to_arrow(), *self.each(name, part)])
+        return pl.DataFrame(pl.from_arrow(found))
 
 
-QUERIES = {"query": pl.String, "searches": pl.Int64, "clients": pl.Int64}
+def count(part: int, store: Store, scratch: Scratch, recipe: Recipe, share: float, always: list[str]) -> dict[str, Any]:
+    """Counts what some clients did; says what was left out, and what shuffled pages tell.
 
-
-def count(part: int, store: Store, scratch: Scratch, recipe: Recipe) -> dict[str, Any]:
-    """Counts what some clients did, by part of the query; says what was left out, and what shuffled pages tell."""
+    The counts of a share of the queries, by chance, and of those that are always wanted are exchanged by query: the
+    models are fitted on them.
+    """
     files = [path for path in store.parts("searches") if path.rsplit("/", 1)[1].startswith(f"part-{part:05d}-")]
     bots = _bots(files, store, recipe.cleaning)
-    refused = bots["client"].unique().implode()
-    held, asked, shuffled = _Held(scratch, recipe.ingest.parts, part), [], []
-    out = {"searches": 0, "repeated_pages": 0, "lost_clicks": 0}
-    for shown in _tables(store, files):
-        everyone = pl.DataFrame(pl.from_arrow(shown))
-        people = everyone.filter(~pl.col("client").is_in(refused))
-        out["searches"] += everyone.height - people.height
-        if recipe.cleaning.merge_repeats:
-            people, again = cleaning.unrepeated(people, recipe.cleaning.session_gap_s)
-            out = parts.total([out, again])
-        table = people.to_arrow()
-        held.add(clicks.counts(table, recipe.aggregate.satisfied_dwell_s))
-        shuffled.append(clicks.shuffled(table))
-        asked.append(people.group_by("query", pl.col("client").hash()).agg(searches=pl.len().cast(pl.Int64)))
-    held.write()
+    out = Counter(searches=0, repeated_pages=0, lost_clicks=0)
+    some, asked, shuffled = [clicks.TABLE.empty_table()], [pl.DataFrame(schema=ASKED)], []
+    looks = _looks(files, bots["client"].unique(), store, recipe.cleaning, out)
+    for number, searches in enumerate(filter(len, looks)):
+        counted = clicks.counts(searches, recipe.aggregate.satisfied_dwell_s)
+        scratch.put(counted, "counts", part, f"{number:05d}")
+        some.append(_some(counted, share, always))
+        asked.append(_asked(searches))
+        shuffled += clicks.shuffled(searches).to_dicts()
+    _by_query(scratch, "some", clicks.summed(pa.concat_tables(some), clicks.PLACE), recipe.ingest.parts, f"{part:05d}")
     queries = pl.concat(asked).group_by("query").agg(pl.col("searches").sum(), clients=pl.col("client").n_unique())
-    _by_query(scratch, "asked", queries.cast(QUERIES), recipe.ingest.parts, f"{part:05d}")
+    _by_query(scratch, "asked", queries.cast(QUERIES).to_arrow(), recipe.ingest.parts, f"{part:05d}")
     rules = {rule: {"clients": bots.filter(pl.col("rule") == rule).height} for rule in cleaning.RULES}
     return {
         "bots": bots["client"].n_unique(),
-        "shuffled": clicks.add(shuffled).to_dicts() if shuffled else [],
-        "cleaning": rules | {"bots": {"searches": out["searches"]}, "merge_repeats": _without(out, "searches")},
+        "shuffled": shuffled,
+        "cleaning": rules | {"bots": {"searches": out.pop("searches")}, "merge_repeats": dict(out)},
     }
 
 
-def _without(counts: dict[str, int], name: str) -> dict[str, int]:
-    return {key: value for key, value in counts.items() if key != name}
+def _looks(files: list[str], bots: pl.Series, store: Store, cfg: Cleaning, out: Counter[str]) -> Iterator[pa.Table]:
+    """Searches of people, each page once a session, in tables; what is left out is added to `out`."""
+    for everyone in _tables(store, files, SHOWN):
+        people = ~pl.Series(pl.from_arrow(everyone["client"])).is_in(bots.implode())
+        out["searches"] += everyone.num_rows - int(people.sum())
+        again = pl.repeat(False, everyone.num_rows, eager=True)
+        if cfg.merge_repeats:
+            page = cleaning.pages(everyone, cfg.session_gap_s)
+            again = page.is_duplicated()
+            several, counts = cleaning.merged(everyone.filter((people & again).to_arrow()), page.filter(people & again))
+            out.update(counts)
+            yield several
+        yield everyone.filter((people & ~again).to_arrow())
 
 
 def _bots(files: list[str], store: Store, cfg: Cleaning) -> pl.DataFrame:
     return cleaning.bots(pl.concat(map(cleaning.activity, _tables(store, files, SEEN))), cfg)
 
 
-def _tables(store: Store, files: list[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
+def _tables(store: Store, files: list[str], columns: list[str]) -> Iterator[pa.Table]:
     """One table of searches after the other, the first without rows: a part may have no file."""
     yield tables.SCHEMAS["searches"].empty_table()
     for path in files:
         with store.fs.open_input_file(path) as file:
-            yield pq.ParquetFile(file).read(columns)
+            parquet = pq.ParquetFile(file, read_dictionary=NAMED)
+            # One by one: Arrow reads nested codes of a single row group at a time only.
+            yield pa.concat_tables(parquet.read_row_group(at, columns) for at in range(parquet.num_row_groups))
 
 
-class _Held:
-    """Counts of one task, added up and written whenever they are many."""
-
-    def __init__(self, scratch: Scratch, parts: int, writer: int):
-        self.scratch, self.parts, self.writer = scratch, parts, writer
-        self.frames: list[pl.DataFrame] = []
-        self.written = 0
-
-    def add(self, counted: pl.DataFrame) -> None:
-        self.frames.append(counted)
-        if sum(frame.height for frame in self.frames) > CHUNK_ROWS:
-            self.write()
-
-    def write(self) -> None:
-        if not self.frames:
-            return
-        merged = clicks.merge(pl.concat(self.frames)) if len(self.frames) > 1 else self.frames[0]
-        _by_query(self.scratch, "counts", merged, self.parts, f"{self.writer:05d}-{self.written}")
-        self.frames, self.written = [], self.written + 1
+def _asked(searches: pa.Table) -> pl.DataFrame:
+    rows = pl.DataFrame(pl.from_arrow(searches.select(["query", "client"])))
+    return rows.group_by("query", pl.col("client").hash()).agg(searches=pl.len().cast(pl.Int64))
 
 
-def _by_query(scratch: Scratch, name: str, rows: pl.DataFrame, count: int, writer: str) -> None:
+def _some(counted: pa.Table, share: float, always: list[str]) -> pa.Table:
+    """The counts of some queries, the same ones whichever part they come from."""
+    query = clicks.Names.of(counted["query"])
+    by_chance = tables.slots(f"{name} by chance" for name in query.names.to_pylist()) < share * 2**32
+    wanted = by_chance | pc.is_in(query.names, pa.array(always, pa.string())).to_numpy(zero_copy_only=False)
+    return counted.filter(pa.array(wanted[query.codes]))
+
+
+def _by_query(scratch: Scratch, name: str, rows: pa.Table, count: int, writer: str) -> None:
     """Writes rows by the part that their query belongs to."""
-    queries = rows["query"].unique()
-    part = rows["query"].replace_strict(queries, tables.part_of(queries, count), return_dtype=pl.Int32)
-    cut = rows.with_columns(part=part).partition_by("part", as_dict=True, include_key=False)
-    for (number,), inside in cut.items():
-        scratch.put(inside, name, number, writer)
+    query = clicks.Names.of(rows["query"])
+    part = tables.part_of(query.names.to_pylist(), count)[query.codes]
+    order = np.argsort(part, kind="stable")
+    ends = np.searchsorted(part[order], np.arange(count + 1))
+    for number in range(count):
+        inside = rows.take(pa.array(order[ends[number] : ends[number + 1]]))
+        if inside.num_rows:
+            scratch.put(clicks.compact(inside), name, number, writer)
 
 
-def merge(part: int, scratch: Scratch, min_clients: int) -> dict[str, Any]:
-    """Adds up what all tasks counted of some queries; leaves out queries of few clients."""
-    asked = scratch.get("asked", part, QUERIES).group_by("query").agg(pl.col("searches", "clients").sum())
+def queries(part: int, scratch: Scratch, min_clients: int) -> dict[str, Any]:
+    """Adds up how often some queries were asked; leaves out queries of few clients."""
+    asked = scratch.frame("asked", part, QUERIES).group_by("query").agg(pl.col("searches", "clients").sum())
     few = cleaning.few_clients(asked, min_clients).implode()
     kept = asked.filter(~pl.col("query").is_in(few)).sort("query")
-    counted = clicks.merge(scratch.get("counts", part, clicks.COUNTS))
-    counted = counted.filter(~pl.col("query").is_in(few))
-    scratch.put(kept, "queries", part)
-    scratch.put(counted, "merged", part)
+    scratch.put(kept.to_arrow(), "queries", part)
     left_out = {"queries": asked.height - kept.height, "searches": asked["searches"].sum() - kept["searches"].sum()}
     frequencies = {str(searches): number for searches, number in kept["searches"].value_counts().iter_rows()}
-    totals = clicks.totals(counted).to_dicts()
-    return {"few_clients": left_out, "totals": totals, "frequencies": frequencies, "rows": counted.height}
+    return {"few_clients": left_out, "frequencies": frequencies}
 
 
-def counted(scratch: Scratch, part: int, asked: pl.DataFrame, only_clicks: bool) -> pl.DataFrame:
-    """Counts of some queries. Of a log of clicks alone, each search of a query counts as showing its documents."""
-    found = scratch.get("merged", part, clicks.COUNTS)
-    if not only_clicks:
-        return found
-    once = clicks.merge(found.with_columns(position=pl.lit(None, pl.Int32)))
-    searches = pl.max_horizontal("searches", "clicks")
-    joined = once.join(asked, on="query", maintain_order="left")
-    return joined.with_columns(impressions=searches, examined=searches).select(list(clicks.COUNTS))
+def some(part: int, scratch: Scratch) -> pl.DataFrame:
+    """The counts of those queries of a part that models are fitted on."""
+    found = clicks.summed(pa.concat_tables([clicks.TABLE.empty_table(), *scratch.each("some", part)]), clicks.PLACE)
+    return clicks.frame(found).join(scratch.frame("queries", part, QUERIES), on="query", how="semi")
+
+
+def pair(part: int, scratch: Scratch, fitted: Fitted, count: int) -> dict[str, Any]:
+    """Counts by pair what some clients did, as a click model sees it, and hands it on by query."""
+    found = (click_models.pairs(counted, fitted) for counted in scratch.each("counts", part))
+    for number, several in enumerate(_together(found)):
+        rows = clicks.summed(pa.concat_tables(several), clicks.PAIR) if len(several) > 1 else several[0]
+        _by_query(scratch, "pairs", rows, count, f"{part:05d}-{number}")
+    return {}
+
+
+def _together(found: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+    """Tables, as many at a time as make many rows."""
+    held: list[pa.Table] = []
+    for rows in found:
+        held.append(rows)
+        if sum(table.num_rows for table in held) > MOST_ROWS:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def paired(part: int, scratch: Scratch, asked: pl.DataFrame, only_clicks: bool) -> pl.DataFrame:
+    """The pairs of some queries. Of a log of clicks alone, each search of a query counts as showing its documents."""
+    found = list(scratch.each("pairs", part))
+    if not found:
+        return pl.DataFrame(schema={**clicks.COUNTS, "looks": pl.Float64}).drop("position")
+    rows = clicks.frame(clicks.summed(pa.concat_tables(found), clicks.PAIR))
+    kept = rows.join(asked, on="query", maintain_order="left")  # without the queries of few clients
+    if only_clicks:
+        shown = pl.max_horizontal("searches", "clicks")
+        kept = kept.with_columns(impressions=shown, examined=shown, looks=shown.cast(pl.Float64))
+    return kept.select(rows.columns)

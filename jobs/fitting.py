@@ -1,40 +1,81 @@
-"""The click models that `aggregate` fits on counts, and how they compare."""
+"""The click models that `aggregate` fits on the counts of some queries, and how they compare."""
 
-from itertools import accumulate
 from typing import Any
 
 import polars as pl
 import ray
 
 from disranker import click_choice, click_models, clicks
-from disranker.click_models import Fitted, Statistics
+from disranker.click_models import Fitted, Part, Statistics
 from disranker.recipe import Aggregate, Recipe, Refused
-from disranker.store import Store
-from jobs import parts
+from jobs import counting
 from jobs.counting import Scratch
 
-ROWS_TO_FIT = 2_000_000  # counts by query, document and position
+SEARCHES = 200_000  # of queries taken by chance: a curve has few numbers, and all queries are read by it
 
 Rows = list[dict[str, Any]]
-Judged = dict[int, dict[str, str]]  # by part: queries that people graded, with their split
+
+
+@ray.remote(num_returns=3)
+def _load(numbers: list[int], scratch: Scratch, prior_impressions: float) -> tuple[Any, ...]:
+    read = {number: counting.some(number, scratch) for number in numbers}
+    models = [Part(counted, prior_impressions) for counted in read.values()]
+    return read, clicks.add([clicks.totals(counted) for counted in read.values()]), models
+
+
+@ray.remote(num_returns=2)
+def _expect(models: list[Part], examined: dict[int, float], center: float, last: list[Any]) -> tuple[Any, ...]:
+    found = [part.expect(examined, center, one) for part, one in zip(models, last or [None] * len(models), strict=True)]
+    return [said for said, _ in found], [attracted for _, attracted in found]
+
+
+@ray.remote
+def _compare(
+    read: dict[int, pl.DataFrame], models: dict[str, Fitted], grades: pl.DataFrame, cfg: Aggregate, seed: int
+) -> Rows:
+    """For each part and model: the attractiveness of graded queries, and the loss on impressions held out."""
+    found = []
+    for number, counted in read.items():
+        kept, held = clicks.thin(counted, cfg.held_out_share, [seed, number])
+        graded = counted.join(grades.select("query").unique(), on="query", how="semi")
+        both = [clicks.coded(rows) for rows in (graded, kept)]
+        for name, fitted in models.items():
+            pairs, known = (click_models.by_pair(rows, fitted, cfg.prior_impressions) for rows in both)
+            loss = click_choice.loss(held, known, fitted)
+            found.append({"model": name, "loss": loss, "pairs": pairs.select(*clicks.PAIR, "attractiveness")})
+    return found
+
+
+class Some:
+    """The counts of the queries to fit on, in the memory of the cluster: some parts for each CPU."""
+
+    def __init__(self, parts: int, scratch: Scratch, cfg: Aggregate):
+        groups = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1))))
+        numbers = [list(range(first, parts, groups)) for first in range(groups)]
+        loaded = [_load.remote(mine, scratch, cfg.prior_impressions) for mine in numbers]
+        self._read, totals, self._models = zip(*loaded, strict=True)
+        self.totals = clicks.add(ray.get(list(totals)))
+        self._attracted: Any = [None] * groups
+
+    def expect(self, examined: dict[int, float], center: float) -> list[Statistics]:
+        """One round of EM on all parts at once, which goes on from the one before."""
+        rounds = zip(self._models, self._attracted, strict=True)
+        found = [_expect.remote(models, examined, center, last) for models, last in rounds]
+        said, self._attracted = zip(*found, strict=True)
+        return [one for several in ray.get(list(said)) for one in several]
+
+    def compare(self, *given: Any) -> Rows:
+        said = ray.get([_compare.remote(read, *given) for read in self._read])
+        return [row for rows in said for row in rows]
 
 
 def unclicked(totals: pl.DataFrame) -> int:
     return int(totals["impressions"].sum() - totals["clicks"].sum())
 
 
-def sample(rows: list[int]) -> list[int]:
-    """Parts with rows enough to fit and compare on: each holds queries of every kind, and few numbers are fitted."""
-    enough = next((part for part, sum_ in enumerate(accumulate(rows), start=1) if sum_ >= ROWS_TO_FIT), len(rows))
-    return list(range(enough))
-
-
-def fit(of_parts: list[pl.DataFrame], some: list[int], scratch: Scratch, cfg: Aggregate) -> dict[str, Fitted]:
-    """All click models that the log can give, by the totals of its parts; the position-based one on some of them.
-
-    Raises `Refused` where the one that is asked for is not among them.
-    """
-    totals = clicks.add(of_parts)
+def fit(some: Some, cfg: Aggregate) -> dict[str, Fitted]:
+    """All click models that the log can give. Raises `Refused` where the one that is asked for is not among them."""
+    totals = some.totals
     impossible = click_models.impossible(totals)
     if not unclicked(totals):
         alone = "the log shows clicked documents alone, so nothing is known of those that were passed over"
@@ -44,71 +85,17 @@ def fit(of_parts: list[pl.DataFrame], some: list[int], scratch: Scratch, cfg: Ag
         raise Refused(f"aggregate.click_model {cfg.click_model} is impossible on this log: {reasons}; ctr is possible")
     if impossible:
         return {"ctr": click_models.ctr(clicks.add([totals.with_columns(position=pl.lit(None, pl.Int32))]))}
-    with _Fitting(scratch, cfg, some) as expect:
-        pbm = click_models.pbm(clicks.add([of_parts[part] for part in some]), expect, cfg.em_rounds)
-    return {
-        model.name: model
-        for model in (click_models.ctr(totals), click_models.coec(totals), pbm, click_models.dbn(totals))
-    }
+
+    pbm = click_models.pbm(totals, some.expect, cfg.em_rounds)
+    fitted = (click_models.ctr(totals), click_models.coec(totals), pbm, click_models.dbn(totals))
+    return {model.name: model for model in fitted}
 
 
-@ray.remote
-class _Parts:
-    """Counts of some parts, in the memory of a worker for as long as the model is fitted."""
-
-    def __init__(self, numbers: list[int], scratch: Scratch, prior_impressions: float):
-        read = (scratch.get("merged", number, clicks.COUNTS) for number in numbers)
-        self.parts = [click_models.Part(counted, prior_impressions) for counted in read if counted.height]
-
-    def expect(self, examined: dict[int, float], center: float) -> list[Statistics]:
-        return [part.expect(examined, center) for part in self.parts]
-
-
-class _Fitting:
-    """Rounds of EM over all parts at once: one worker for each CPU."""
-
-    def __init__(self, scratch: Scratch, cfg: Aggregate, some: list[int]):
-        workers = min(len(some), max(1, int(ray.cluster_resources().get("CPU", 1))))
-        mine = [some[first::workers] for first in range(workers)]
-        self.actors = [_Parts.remote(numbers, scratch, cfg.prior_impressions) for numbers in mine]
-
-    def __enter__(self) -> Any:
-        return lambda examined, center: [
-            said for each in ray.get([actor.expect.remote(examined, center) for actor in self.actors]) for said in each
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-
-
-def compared(
-    models: dict[str, Fitted], some: list[int], judged: Judged, store: Store, scratch: Scratch, recipe: Recipe
-) -> tuple[Rows, str]:
-    """How well each model agrees with people on the validation queries, and on some parts predicts clicks held out."""
-    grades = pl.DataFrame(pl.from_arrow(store.read("judgments", ["query", "doc_id", "grade"])))
-    cfg = recipe.aggregate
-
-    def compare(part: int) -> dict[str, Any]:
-        queries = [query for query, split in judged.get(part, {}).items() if split == "validation"]
-        counted = scratch.get("merged", part, clicks.COUNTS)
-        known = counted if part in some else counted.clear()
-        kept, held = clicks.thin(known, cfg.held_out_share, [recipe.seed, part])
-        asked = grades.filter(pl.col("query").is_in(queries)).select("query").unique()
-        graded = counted.join(asked, on="query", how="semi")
-        return {
-            name: {
-                "pairs": click_models.by_pair(graded, fitted, cfg.prior_impressions)
-                .select("query", "doc_id", "attractiveness").to_dicts(),
-                "loss": click_choice.loss(held, click_models.by_pair(kept, fitted, cfg.prior_impressions), fitted),
-            }
-            for name, fitted in models.items()
-        }  # fmt: skip
-
-    said = parts.each(recipe.ingest.parts, compare)
+def compared(models: dict[str, Fitted], some: Some, grades: pl.DataFrame, recipe: Recipe) -> Rows:
+    """How well each model agrees with people on the queries of `grades`, and predicts clicks that were held out."""
+    said = some.compare(models, grades, recipe.aggregate, recipe.seed)
+    of = {name: [one for one in said if one["model"] == name] for name in models}
     schema = {"query": pl.String, "doc_id": pl.String, "attractiveness": pl.Float64}
-    pairs = {name: pl.DataFrame([row for one in said for row in one[name]["pairs"]], schema=schema) for name in models}
+    pairs = {name: pl.concat([pl.DataFrame(schema=schema), *(one["pairs"] for one in of[name])]) for name in models}
     rows = click_choice.agreement(pairs, grades, recipe.seed)
-    losses = {name: click_choice.log_loss(tuple(one[name]["loss"]) for one in said) for name in models}
-    rows = [row | {"log_loss": losses[row["model"]]} for row in rows]
-    return rows, click_choice.choose(rows)[1] if cfg.click_model == "auto" else "the recipe asks for it"
+    return [row | {"log_loss": click_choice.log_loss(one["loss"] for one in of[row["model"]])} for row in rows]

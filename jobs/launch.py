@@ -12,7 +12,6 @@ from importlib import metadata
 from typing import Any
 
 import ray
-from ray.data.context import ShuffleStrategy
 
 from disranker import recipe as recipes
 from disranker import stages
@@ -26,6 +25,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is fetched at run time
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of many tasks that fail alike, the first says all
     "TOKENIZERS_PARALLELISM": "false",  # Ray's tasks are the parallelism
     "TQDM_DISABLE": "1",  # progress is said by the stages
     "TRANSFORMERS_VERBOSITY": "error",
@@ -126,12 +126,20 @@ def connect() -> None:
             include_dashboard=True,  # on loopback; Ray Train asks it who is alive
             logging_level="warning",
         )
+        if not os.environ.get("RAY_ADDRESS"):  # its workers start when first needed: now, not in the time of a stage
+            ray.get([ray.remote(_awake).remote() for _ in range(int(ray.cluster_resources()["CPU"]))])
+    from ray.data.context import ShuffleStrategy  # takes half a second to import, which most workers save
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # a line a stage says more than ten bars that redraw each other
     context.print_on_execution_start = False
     # The default shuffle starts actors, 7 s each time; a sort of the same rows takes 1 s.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _awake() -> None:
+    """What a worker does first."""
 
 
 def say(text: str) -> None:

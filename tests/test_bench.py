@@ -322,7 +322,7 @@ def test_the_query_of_the_peer_counts_what_aggregate_counts(tiny, tiny_run, tmp_
         base.execute(logs.COUNTS.format(files=f"{tmp_path}/run/searches/*.parquet"))
         theirs = base.sql("select query, doc_id, impressions, clicks from counts order by all").fetchall()
     searches = [pq.read_table(path) for path in tiny_run.parts("searches")]
-    counted = clicks.merge(pl.concat([clicks.counts(table, 30) for table in searches]))
+    counted = pl.concat([clicks.frame(clicks.counts(table, 30)) for table in searches])
     sums = counted.group_by("query", "doc_id").agg(pl.col("impressions", "clicks").sum()).sort("query", "doc_id")
     assert theirs == sums.rows() and log.searches == 2000
 

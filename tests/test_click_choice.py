@@ -1,7 +1,7 @@
 import numpy as np
 import polars as pl
 import pytest
-from test_click_models import LOG, PRIOR, fit_pbm
+from test_click_models import LOG, PRIOR, by_pair, fit_pbm
 
 from disranker import click_choice, click_models, clicks
 
@@ -74,7 +74,7 @@ def test_log_loss_by_hand_and_of_2_parts():
         impressions=pl.Series([4, 5], dtype=pl.Int64),
         clicks=pl.Series([1, 2], dtype=pl.Int64),
     )
-    nothing = click_models.by_pair(LOG[:0], fitted, PRIOR)
+    nothing = by_pair(LOG[:0], fitted, PRIOR)
     found = click_choice.loss(held, nothing, fitted)
     by_hand = -(np.log(0.4) + 3 * np.log(0.6)), -(2 * np.log(0.2) + 3 * np.log(0.8))
     assert found == (pytest.approx(sum(by_hand)), 9)
@@ -87,6 +87,6 @@ def test_on_a_position_based_log_pbm_predicts_held_out_clicks_better_than_ctr():
     kept, held = clicks.thin(LOG, 0.2, [0])
     losses = {}
     for fitted in (fit_pbm(kept), click_models.ctr(clicks.totals(kept))):
-        found = click_choice.loss(held, click_models.by_pair(kept, fitted, PRIOR), fitted)
+        found = click_choice.loss(held, by_pair(kept, fitted, PRIOR), fitted)
         losses[fitted.name] = click_choice.log_loss([found])
     assert losses["pbm"] < losses["ctr"] - 0.01

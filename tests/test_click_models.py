@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +51,18 @@ def dbn_log(pages=6000, queries=4, seed=0):
 def fit_pbm(*frames, rounds=ROUNDS, prior=PRIOR):
     parts = [click_models.Part(frame, prior) for frame in frames]
     totals = clicks.add([clicks.totals(frame) for frame in frames])
-    return click_models.pbm(totals, lambda e, center: [part.expect(e, center) for part in parts], rounds)
+    attracted = [None] * len(parts)
+
+    def expect(examined, center):
+        found = [part.expect(examined, center, last) for part, last in zip(parts, attracted, strict=True)]
+        attracted[:] = [now for _, now in found]
+        return [said for said, _ in found]
+
+    return click_models.pbm(totals, expect, rounds)
+
+
+def by_pair(counted, fitted, prior):
+    return click_models.by_pair(clicks.coded(counted), fitted, prior)
 
 
 def truth(pairs, planted):
@@ -74,7 +88,7 @@ def test_pbm_finds_the_examination_curve_of_a_shuffled_log_within_005():
 def test_attractiveness_by_that_curve_is_found_within_02_and_better_than_by_plain_clicks():
     errors = []
     for fitted in (fit_pbm(LOG), click_models.ctr(clicks.totals(LOG))):
-        pairs = click_models.by_pair(LOG, fitted, PRIOR)
+        pairs = by_pair(LOG, fitted, PRIOR)
         errors.append(np.abs(pairs["attractiveness"].to_numpy() - truth(pairs, ATTRACTIVE)))
     assert np.mean(errors[0]) < 0.05 and max(errors[0]) < 0.2 and np.mean(errors[1]) > 0.15
 
@@ -82,9 +96,9 @@ def test_attractiveness_by_that_curve_is_found_within_02_and_better_than_by_plai
 def test_dbn_finds_attraction_times_satisfaction_within_01():
     log, attractive, satisfying = dbn_log()
     fitted = click_models.dbn(clicks.totals(log))
-    pairs = click_models.by_pair(log, fitted, PRIOR)
+    pairs = by_pair(log, fitted, PRIOR)
     assert pairs["attractiveness"].to_numpy() == pytest.approx(truth(pairs, attractive * satisfying), abs=0.1)
-    plain = click_models.by_pair(log, click_models.ctr(clicks.totals(log)), PRIOR)
+    plain = by_pair(log, click_models.ctr(clicks.totals(log)), PRIOR)
     assert np.mean(truth(pairs, attractive) - plain["attractiveness"].to_numpy()) > 0.1
 
 
@@ -129,7 +143,7 @@ def test_without_clicks_every_position_counts_as_examined():
     totals = clicks.totals(log)
     for fitted in (fit_pbm(log), click_models.coec(totals), click_models.ctr(totals), click_models.dbn(totals)):
         assert fitted.examination == {1: 1.0, 5: 1.0} and fitted.mean == 0
-        assert click_models.by_pair(log, fitted, PRIOR)["attractiveness"].to_list() == [0, 0]
+        assert by_pair(log, fitted, PRIOR)["attractiveness"].to_list() == [0, 0]
 
 
 def test_coec_by_hand():
@@ -137,7 +151,7 @@ def test_coec_by_hand():
     fitted = click_models.coec(clicks.totals(counts(*PAGES)))
     assert fitted.examination == pytest.approx({1: 1.0, 2: 2 / 3, 11: 2.0})
     assert fitted.mean == pytest.approx(0.5)
-    pairs = click_models.by_pair(counts(*PAGES), fitted, 4.0)
+    pairs = by_pair(counts(*PAGES), fitted, 4.0)
     assert pairs["attractiveness"].to_list() == pytest.approx(
         [2 / 5, 3 / 6, (2 + 2) / (2 + 2 / 3 + 4), (1 + 2) / (1 + 4 / 3 + 4)]
     )
@@ -148,7 +162,7 @@ def test_coec_by_hand():
 def test_ctr_is_smoothed_clicks_over_impressions():
     fitted = click_models.ctr(clicks.totals(counts(*PAGES)))
     assert fitted.mean == 0.5
-    pairs = click_models.by_pair(counts(*PAGES), fitted, 1.0)
+    pairs = by_pair(counts(*PAGES), fitted, 1.0)
     assert pairs["attractiveness"].to_list() == pytest.approx([0.5 / 2, 1.5 / 2, 2.5 / 4, 1.5 / 4])
 
 
@@ -157,7 +171,7 @@ def test_dbn_by_hand():
     fitted = click_models.dbn(clicks.totals(counts(*PAGES)))
     assert fitted.examination == pytest.approx({1: 1.0, 2: 2 / 3, 11: 1.0})
     assert (fitted.mean, fitted.satisfaction) == (4 / 7, 1 / 4)
-    pairs = click_models.by_pair(counts(*PAGES), fitted, 2.0)
+    pairs = by_pair(counts(*PAGES), fitted, 2.0)
     assert pairs["clickable"].to_list() == pytest.approx(
         [(8 / 7) / 3, (1 + 8 / 7) / 3, (2 + 8 / 7) / 5, (1 + 8 / 7) / 4]
     )
@@ -172,7 +186,7 @@ def given_curve(examined, mean):
 def test_evidence_by_hand():
     # shoe a: 2 looks at 1 and half a look at 2, 2 clicks: (2 + 4 * 0.5) / (2.5 + 4)
     fitted = given_curve({1: 1.0, 2: 0.5, 11: 0.25}, 0.5)
-    rows = click_models.evidence(counts(*PAGES), fitted, 4.0).to_pylist()
+    rows = click_models.evidence(by_pair(counts(*PAGES), fitted, 4.0)).to_pylist()
     found = {(row["query"], row["doc_id"]): row for row in rows}
     assert list(found) == [("coat", "a"), ("coat", "b"), ("shoe", "a"), ("shoe", "b")]
     a, b = found["shoe", "a"], found["shoe", "b"]
@@ -184,18 +198,29 @@ def test_evidence_by_hand():
 
 
 def test_a_position_without_a_curve_counts_as_the_least_examined():
-    row = click_models.evidence(counts(*PAGES), given_curve({1: 1.0, 2: 0.5}, 0.5), 4.0).to_pylist()[1]
+    row = click_models.evidence(by_pair(counts(*PAGES), given_curve({1: 1.0, 2: 0.5}, 0.5), 4.0)).to_pylist()[1]
     assert row["attractiveness"] == pytest.approx((1 + 2) / (0.5 + 4))
 
 
 def test_attractiveness_is_at_most_1_where_clicks_exceed_looks():
     log = counts(*[search("q", ("a", 9, True, None))] * 50)
-    assert click_models.evidence(log, given_curve({1: 1.0, 9: 0.1}, 0.9), 0.1)["attractiveness"].to_pylist() == [1.0]
+    assert click_models.evidence(by_pair(log, given_curve({1: 1.0, 9: 0.1}, 0.9), 0.1))[
+        "attractiveness"
+    ].to_pylist() == [1.0]
+
+
+def test_pairs_of_2_halves_of_a_log_add_up_to_those_of_the_whole():
+    fitted = given_curve({1: 1.0, 2: 0.5, 11: 0.25}, 0.5)
+    log = clicks.coded(counts(*PAGES))
+    halves = pa.concat_tables([click_models.pairs(log[:3], fitted), click_models.pairs(log[3:], fitted)])
+    assert clicks.summed(halves, clicks.PAIR).equals(click_models.pairs(log, fitted))
+    assert click_models.pairs(log, fitted)["looks"].to_pylist() == [1.0, 0.25, 2.5, 2.0]
+    assert click_models.pairs(log, replace(fitted, name="dbn"))["looks"].to_pylist() == [1.0, 1.0, 3.0, 2.0]
 
 
 def test_predicted_is_examination_times_the_chance_of_a_click_and_the_mean_for_an_unknown_pair():
     fitted = given_curve({1: 1.0, 2: 0.5, 11: 0.25}, 0.4)
-    pairs = click_models.by_pair(counts(*PAGES), fitted, 4.0).filter(pl.col("query") == "shoe")
+    pairs = by_pair(counts(*PAGES), fitted, 4.0).filter(pl.col("query") == "shoe")
     found = click_models.predicted(counts(*PAGES), pairs, fitted)["p"].to_list()
     a, b = pairs["clickable"].to_list()
     assert found == pytest.approx([0.4, 0.1, a, a / 2, b, b / 2])
@@ -209,7 +234,7 @@ def test_a_log_without_positions_allows_ctr_alone_and_says_why():
     assert click_models.impossible(clicks.totals(counts(*PAGES))) == {}
     fitted = click_models.ctr(clicks.totals(log))
     assert fitted.examination == {None: 1.0, 1: 1.0, 2: 1.0}
-    assert click_models.by_pair(log, fitted, 3.0)["attractiveness"].to_list() == pytest.approx([4 / 5, 2 / 4])
+    assert by_pair(log, fitted, 3.0)["attractiveness"].to_list() == pytest.approx([4 / 5, 2 / 4])
 
 
 def by_position(*rows):

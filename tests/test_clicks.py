@@ -1,6 +1,7 @@
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from disranker import clicks, tables
@@ -14,7 +15,7 @@ def search(query, *hits, **others):
 
 
 def counts(*searches, satisfied_dwell_s=15.0):
-    return clicks.counts(tables.conform("searches", list(searches)), satisfied_dwell_s)
+    return clicks.frame(clicks.counts(tables.conform("searches", list(searches)), satisfied_dwell_s))
 
 
 PAGES = (
@@ -81,20 +82,38 @@ def test_position_0_is_not_mistaken_for_an_unknown_one():
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_counts_of_2_batches_merge_to_the_counts_of_one(cut):
     pages = [*PAGES, search("shoe", ("a", None, True, 2.0))] * 2
-    assert clicks.merge(pl.concat([counts(*pages[:cut]), counts(*pages[cut:])])).equals(counts(*pages))
+    halves = [clicks.counts(tables.conform("searches", half), 15.0) for half in (pages[:cut], pages[cut:])]
+    merged = clicks.summed(pa.concat_tables(halves), clicks.PLACE)
+    assert merged.schema == clicks.TABLE and clicks.frame(merged).equals(counts(*pages))
+    assert clicks.frame(clicks.compact(merged[2:4])).equals(counts(*pages)[2:4])
+    assert clicks.compact(merged[2:3])["query"].chunk(0).dictionary.to_pylist() == ["shoe"]
 
 
-def test_counts_are_the_same_from_types_that_polars_hands_out():
+def test_counts_are_the_same_of_names_as_codes_and_of_a_table_in_pieces(tmp_path):
     searches = tables.conform("searches", list(PAGES))
-    assert clicks.counts(pl.DataFrame(searches).to_arrow(), 15.0).equals(counts(*PAGES))
-    assert clicks.counts(pa.concat_tables([searches[:1], searches[1:]]), 15.0).equals(counts(*PAGES))
+    assert clicks.frame(clicks.counts(pa.concat_tables([searches[:1], searches[1:]]), 15.0)).equals(counts(*PAGES))
+    pq.write_table(searches, tmp_path / "searches.parquet", row_group_size=2)
+    file = pq.ParquetFile(tmp_path / "searches.parquet", read_dictionary=["hits.list.element.doc_id", "query"])
+    read = pa.concat_tables(file.read_row_group(at) for at in range(2))
+    assert read.schema != searches.schema
+    assert clicks.frame(clicks.counts(read, 15.0)).equals(counts(*PAGES))
+
+
+def test_counts_are_coded_and_named_again_and_sums_go_by_pair():
+    log = counts(*PAGES)
+    assert clicks.frame(clicks.coded(log)).equals(log)
+    pairs = clicks.frame(clicks.summed(clicks.coded(log).drop_columns("position"), clicks.PAIR))
+    assert pairs.select("query", "doc_id", "impressions", "clicks", "dwell_sum_s").rows() == [
+        ("coat", "a", 1, 0, 0.0), ("coat", "b", 1, 1, 5.0), ("shoe", "a", 3, 2, 30.0), ("shoe", "b", 3, 1, 0.0),
+    ]  # fmt: skip
 
 
 def test_no_searches_and_no_hits_have_no_counts():
     empty = tables.SCHEMAS["searches"].empty_table()
-    assert clicks.counts(empty, 15.0).schema == pl.Schema(clicks.COUNTS)
-    assert counts(search("q")).height == clicks.merge(clicks.counts(empty, 15.0)).height == 0
-    assert clicks.totals(clicks.counts(empty, 15.0)).height == clicks.shuffled(empty).height == 0
+    none = clicks.counts(empty, 15.0)
+    assert none.schema == clicks.TABLE and clicks.frame(none).schema == pl.Schema(clicks.COUNTS)
+    assert counts(search("q")).height == clicks.summed(none, clicks.PLACE).num_rows == 0
+    assert clicks.totals(clicks.frame(none)).height == clicks.shuffled(empty).height == 0
 
 
 def test_shuffled_counts_only_first_pages_that_are_marked():

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from disranker import tables
 from disranker.inputs import Cleaning
 
 TELLING_HITS = 5  # on a page: who opens the one document of a shorter page is no bot
@@ -268,24 +269,33 @@ def sessions(searches: pl.DataFrame, gap_s: float) -> pl.DataFrame:
     return searches.with_columns(by_time.with_columns(session=number).sort("row")["session"])
 
 
-def unrepeated(searches: pl.DataFrame, gap_s: float) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Each page of results once a session -> (searches, counts): a page that was loaded again is one look, not two.
+def pages(searches: pa.Table, gap_s: float) -> pl.Series:
+    """A number for each search that those share which load one page again: same client, session, query, first hit."""
+    seen = pl.DataFrame(pl.from_arrow(searches.select(["client", "query", "time"])))
+    page = pl.struct("client", "session", "query", "first").hash()
+    return sessions(seen.with_columns(first=_first(searches["hits"])), gap_s).select(page.alias("page"))["page"]
 
-    The first of the pages with the same client, session, query and first position stays, as it was shown. A document
-    on it was clicked or bought if it was so on any of them, with the dwell of all. Clicks on a document that only a
-    later one shows are lost and counted.
+
+def merged(searches: pa.Table, pages: pl.Series) -> tuple[pa.Table, dict[str, int]]:
+    """Searches with one for each of `pages`, and counts: a page that was loaded again is one look, not two.
+
+    The first of them stays, as it was shown. A document on it was clicked or bought if it was so on any of them, with
+    the dwell of all. Clicks on a document that only a later one shows are lost and counted.
     """
-    first = pl.col("hits").list.first().struct.field("position")
-    page = pl.struct("client", "session", "query", first).hash()
-    pages = sessions(searches, gap_s).select("time", "hits", page=page).with_row_index("row")
-    several = pages.filter(pl.col("page").is_duplicated())
-    several = several.with_columns(kept=pl.col("row").sort_by("time", "row").first().over("page"))
-    merged, lost = _merged(several.select("row", "kept", "hits").explode("hits").unnest("hits"))
-    again = several.filter(pl.col("row") != pl.col("kept"))["row"]
-    single = searches.with_row_index("row").filter(~pl.col("row").is_in(again.implode()))
-    single = single.join(merged, left_on="row", right_on="kept", how="left", maintain_order="left")
-    single = single.with_columns(hits=pl.coalesce("merged", "hits"))
-    return single.select(searches.columns), {"repeated_pages": len(again), "lost_clicks": lost}
+    plain = pa.schema([tables.SCHEMAS["searches"].field(name) for name in searches.column_names])
+    rows = pl.DataFrame(pl.from_arrow(searches.cast(plain))).with_row_index("row").with_columns(pages.alias("page"))
+    several = rows.with_columns(kept=pl.col("row").sort_by("time", "row").first().over("page"))
+    hits, lost = _merged(several.select("row", "kept", "hits").explode("hits").unnest("hits"))
+    first = several.filter(pl.col("row") == pl.col("kept")).join(hits, on="kept", how="left", maintain_order="left")
+    whole = first.with_columns(hits=pl.coalesce("merged", "hits")).select(plain.names).to_arrow()
+    return whole.cast(plain), {"repeated_pages": rows.height - first.height, "lost_clicks": lost}
+
+
+def _first(hits: pa.ChunkedArray) -> np.ndarray:
+    """The position of the first hit of each page; -1 where there is none."""
+    shown = pc.fill_null(pc.list_value_length(hits), 0).to_numpy()
+    positions = pc.fill_null(pc.struct_field(pc.list_flatten(hits), "position"), -1).to_numpy()
+    return np.asarray(np.append(positions, -1)[np.where(shown > 0, np.cumsum(shown) - shown, -1)])
 
 
 def _merged(seen: pl.DataFrame) -> tuple[pl.DataFrame, int]:

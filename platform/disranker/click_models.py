@@ -12,24 +12,26 @@ agreed with human grades no better than pbm (0.651 against 0.649, intervals of 0
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from disranker import tables
-from disranker.clicks import COUNTED, PAIR
+from disranker import clicks, tables
+from disranker.clicks import PAIR
 
 MODELS = ("ctr", "coec", "pbm", "dbn")
 Z_95 = 1.96  # standard errors on each side of a 95% interval
+UNKNOWN = -1  # a position that the log does not have
 LEAST, MOST = 1e-3, 0.999  # examination stays within; attractiveness may be a tenth of the least
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A click model: all of it but the attractiveness of each document, which `by_pair` has."""
+    """A click model: all of it but the attractiveness of each document, which `attractive` has."""
 
     name: str
     examination: dict[int | None, float]  # by position; coec: the first is 1, pbm: the largest
@@ -45,51 +47,49 @@ class Statistics:
     attracted: float  # impressions of a document that attracted, in expectation
 
 
+Numbers = npt.NDArray[np.float64]
 Expect = Callable[[dict[int, float], float], Iterable[Statistics]]
 
 
-@dataclass
 class Part:
-    """The counts of some queries, all of each, with the attractiveness that the rounds so far gave their documents."""
+    """The counts of some queries, all of each, as the rounds of EM need them."""
 
-    counted: pl.DataFrame
-    prior_impressions: float
-    _attracted: npt.NDArray[np.float64] | None = field(default=None, init=False)
+    def __init__(self, counted: pl.DataFrame, prior_impressions: float):
+        self.prior_impressions = prior_impressions
+        self.positions, self.place = np.unique(counted["position"].to_numpy(), return_inverse=True)
+        pair = counted.select(pl.struct(PAIR).rank("dense")).to_series()
+        self.pair = pair.to_numpy().astype(np.int64) - 1
+        self.shown = counted["impressions"].to_numpy().astype(float)
+        self.clicked = counted["clicks"].to_numpy().astype(float)
+        self.shown_by_pair = np.bincount(self.pair, self.shown)
 
-    def __post_init__(self) -> None:
-        self._positions, self._place = np.unique(self.counted["position"].to_numpy(), return_inverse=True)
-        pair = self.counted.select(pl.struct(PAIR).rank("dense")).to_series()
-        self._pair = pair.to_numpy().astype(np.int64) - 1
-        self._shown = self.counted["impressions"].to_numpy().astype(float)
-        self._clicked = self.counted["clicks"].to_numpy().astype(float)
-        self._shown_by_pair = np.bincount(self._pair, self._shown)
+    def expect(
+        self, examined: dict[int, float], center: float, attracted: Numbers | None
+    ) -> tuple[Statistics, Numbers]:
+        """One round of EM, given examination and mean attractiveness of all parts, and what the last one attracted.
 
-    def expect(self, examined: dict[int, float], center: float) -> Statistics:
-        """One round of EM, given examination and mean attractiveness of all parts. It moves the part on: never retry.
-
-        The prior pulls a pair that was hardly shown to the mean; without it such pairs explain their own clicks away
-        and the curve comes out flat.
+        -> (statistics, impressions of each pair that attracted, for the next round). The prior pulls a pair that was
+        hardly shown to the mean; without it such pairs explain their own clicks away and the curve comes out flat.
         """
-        e = np.array([examined[int(p)] for p in self._positions])[self._place]
-        a = self._attractive(center)[self._pair]
-        unclicked = (self._shown - self._clicked) / (1 - e * a)
-        by_place = np.bincount(self._place, self._clicked + unclicked * e * (1 - a), len(self._positions))
-        attracted = np.bincount(self._pair, self._clicked + unclicked * a * (1 - e)).astype(float)
-        self._attracted = attracted
-        found = {int(p): float(x) for p, x in zip(self._positions, by_place, strict=True)}
-        return Statistics(found, float(attracted.sum()))
+        e = np.array([examined[int(p)] for p in self.positions])[self.place]
+        a = self._attractive(center, attracted)[self.pair]
+        unclicked = (self.shown - self.clicked) / (1 - e * a)
+        by_place = np.bincount(self.place, self.clicked + unclicked * e * (1 - a), len(self.positions))
+        now = np.bincount(self.pair, self.clicked + unclicked * a * (1 - e)).astype(float)
+        found = {int(p): float(x) for p, x in zip(self.positions, by_place, strict=True)}
+        return Statistics(found, float(now.sum())), now
 
-    def _attractive(self, center: float) -> npt.NDArray[np.float64]:
-        if self._attracted is None:
-            return np.full(len(self._shown_by_pair), center)
-        smoothed = (self._attracted + self.prior_impressions * center) / (self._shown_by_pair + self.prior_impressions)
+    def _attractive(self, center: float, attracted: Numbers | None) -> Numbers:
+        if attracted is None:
+            return np.full(len(self.shown_by_pair), center)
+        smoothed = (attracted + self.prior_impressions * center) / (self.shown_by_pair + self.prior_impressions)
         return np.clip(smoothed, LEAST / 10, MOST)
 
 
 def pbm(totals: pl.DataFrame, expect: Expect, rounds: int) -> Fitted:
     """The position-based model, its largest examination 1: only products with attractiveness are observed.
 
-    `totals` of all parts; `expect(examined, center)` gives `Part.expect` of each, wherever they are.
+    `totals` of all parts; `expect(examined, center)` gives the statistics of each by `Part.expect`, wherever they are.
     """
     shown = dict(totals.select("position", "impressions").iter_rows())
     clicked, impressions = float(totals["clicks"].sum()), float(totals["impressions"].sum())
@@ -144,38 +144,47 @@ def impossible(totals: pl.DataFrame) -> dict[str, str]:
     }
 
 
-def by_pair(counted: pl.DataFrame, fitted: Fitted, prior_impressions: float) -> pl.DataFrame:
-    """(query, doc_id, sums of COUNTED, clickable, attractiveness), in order; `counted` has all positions of a pair.
+def pairs(counted: pa.Table, fitted: Fitted) -> pa.Table:
+    """(query, doc_id, sums of COUNTED, looks) of `clicks.counts`, in order; those of several tables add up.
+
+    looks: how often the model says that the document was examined.
+    """
+    if fitted.name == "dbn":
+        looks = counted["examined"].cast(pa.float64())
+    else:
+        looks = pa.array(counted["impressions"].to_numpy() * _examined(counted["position"], fitted))
+    return clicks.summed(counted.drop_columns("position").append_column("looks", looks), PAIR)
+
+
+def attractive(found: pl.DataFrame, fitted: Fitted, prior_impressions: float) -> pl.DataFrame:
+    """`pairs` with clickable and attractiveness, both pulled to their means by `prior_impressions`.
 
     clickable: P(click | examined). attractiveness: what feeds the evidence, for dbn times P(satisfied | click), else
-    the same. Both are pulled to their means by `prior_impressions`.
+    the same.
     """
-    looks = pl.col("examined").cast(pl.Float64) if fitted.name == "dbn" else pl.col("impressions") * _looks(fitted)
     satisfied = (pl.col("satisfied") + prior_impressions * fitted.satisfaction) / (pl.col("clicks") + prior_impressions)
     clickable = (pl.col("clicks") + prior_impressions * fitted.mean) / (pl.col("looks") + prior_impressions)
-    return (
-        counted.with_columns(looks=looks)
-        .group_by(PAIR)
-        .agg(pl.col(*COUNTED, "looks").sum())
-        .with_columns(clickable=clickable.clip(0, 1))
-        .with_columns(attractiveness=pl.col("clickable") * (satisfied if fitted.name == "dbn" else 1.0))
-        .sort(PAIR)
+    return found.with_columns(clickable=clickable.clip(0, 1)).with_columns(
+        attractiveness=pl.col("clickable") * (satisfied if fitted.name == "dbn" else 1.0)
     )
 
 
-def evidence(counted: pl.DataFrame, fitted: Fitted, prior_impressions: float) -> pa.Table:
-    """The table `evidence` of the queries in `counted`."""
+def by_pair(counted: pa.Table, fitted: Fitted, prior_impressions: float) -> pl.DataFrame:
+    """`attractive` of counts with all positions of each pair, in order."""
+    return attractive(clicks.frame(pairs(counted, fitted)), fitted, prior_impressions)
+
+
+def evidence(found: pl.DataFrame) -> pa.Table:
+    """The table `evidence` of rows as `attractive` makes them."""
     dwell = pl.when(pl.col("dwells") > 0).then(pl.col("dwell_sum_s") / pl.col("dwells"))
-    return tables.conform(
-        "evidence", by_pair(counted, fitted, prior_impressions).with_columns(dwell_s=dwell).to_arrow()
-    )
+    return tables.conform("evidence", found.with_columns(dwell_s=dwell).to_arrow())
 
 
-def predicted(counted: pl.DataFrame, pairs: pl.DataFrame, fitted: Fitted) -> pl.DataFrame:
-    """`counted` with `p`, the click probability of each row by `pairs` (of `by_pair`); the mean for pairs not in it."""
-    known = counted.join(pairs.select(*PAIR, "clickable"), on=PAIR, how="left", maintain_order="left")
-    clickable = pl.col("clickable").fill_null(fitted.mean)
-    return known.with_columns(p=(_looks(fitted) * clickable).clip(1e-6, 1 - 1e-6)).drop("clickable")
+def predicted(counted: pl.DataFrame, by_pair: pl.DataFrame, fitted: Fitted) -> pl.DataFrame:
+    """`counted` with `p`, the click probability of each row by `by_pair`; the mean for pairs that are not in it."""
+    known = counted.join(by_pair.select(*PAIR, "clickable"), on=PAIR, how="left", maintain_order="left")
+    p = pl.Series(_examined(counted["position"].to_arrow(), fitted)) * pl.col("clickable").fill_null(fitted.mean)
+    return known.with_columns(p=p.clip(1e-6, 1 - 1e-6)).drop("clickable")
 
 
 def interventional(shuffled: pl.DataFrame) -> pl.DataFrame:
@@ -206,10 +215,15 @@ def _fitted(name: str, totals: pl.DataFrame, examined: dict[int | None, float]) 
     return Fitted(name, examined, mean=_share(float(totals["clicks"].sum()), looks))
 
 
-def _looks(fitted: Fitted) -> pl.Expr:
+def _examined(position: pa.Array | pa.ChunkedArray, fitted: Fitted) -> Numbers:
     """Examination of each row; a position that the model has not seen counts as its least examined one."""
-    least = min(fitted.examination.values(), default=1.0)
-    return pl.col("position").replace_strict(fitted.examination, default=least, return_dtype=pl.Float64)
+    curve = {UNKNOWN if place is None else place: x for place, x in fitted.examination.items()}
+    places, values = np.array(sorted(curve)), np.array([curve[place] for place in sorted(curve)])
+    if not curve:
+        return np.ones(len(position))
+    wanted = pc.fill_null(position, UNKNOWN).to_numpy(zero_copy_only=False)
+    near = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
+    return np.where(places[near] == wanted, values[near], values.min())
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,17 +1,18 @@
 """Searches -> how often each document was shown for a query at a position, clicked, examined and found satisfying.
 
-Counts are all that click models need (`click_models`), and counts of batches add up.
+Counts are all that click models need (`click_models`), and counts of batches add up. While they are many they are Arrow
+tables, with queries and documents as codes into a dictionary: strings are what costs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from disranker import tables
 
 PAIR = ["query", "doc_id"]
 COUNTS = {
@@ -28,39 +29,72 @@ COUNTS = {
 COUNTED = [name for name in COUNTS if name not in (*PAIR, "position")]
 TOTALS = {name: COUNTS[name] for name in ("position", "impressions", "clicks", "examined", "satisfied")}
 SHUFFLED = {name: COUNTS[name] for name in ("position", "impressions", "clicks")}
+PLACE = [*PAIR, "position"]
+NAME = pa.dictionary(pa.int32(), pa.string())
+# Half as wide as in `COUNTS`: the numbers of one pair are far below 2^31, and moving them is what takes time.
+SUMS = pa.schema([(name, pa.float64() if name == "dwell_sum_s" else pa.int32()) for name in COUNTED])
+TABLE = pa.schema([*((name, NAME) for name in PAIR), ("position", pa.int32()), *SUMS])
 Codes = npt.NDArray[np.int64]
 
 
-def counts(searches: pa.Table, satisfied_dwell_s: float) -> pl.DataFrame:
-    """(query, doc_id, position) with the columns of `COUNTS`, in order. Counts of batches add up: `merge`.
+def counts(searches: pa.Table, satisfied_dwell_s: float) -> pa.Table:
+    """(query, doc_id, position) with the columns of `COUNTS`, in order, as `TABLE`. Those of batches add up: `summed`.
 
     Shoppers read from the top of their page and stop where they are satisfied (the simplified DBN, Chapelle & Zhang
     2009), so what stands at or above the last click was examined, and all of a page without clicks (as Chuklin et al.
     2015 count it). A click satisfied if the shopper stayed `satisfied_dwell_s`; where the log does not tell, if it is
     the last of its page.
     """
-    page, docs, shown = _flat(searches)
-    last = _last_click(page, shown, searches.num_rows)
-    known, click = pl.col("dwell_s").is_not_null(), pl.col("clicked").fill_null(False)
-    rows = shown.with_columns(last=pl.Series(last)).select(
-        "position",
-        impressions=pl.lit(1, pl.Int64),
-        clicks=click,
-        dwell_sum_s=pl.col("dwell_s").fill_null(0).cast(pl.Float64),
-        dwells=known,
-        examined=click | (pl.col("position") <= pl.col("last")).fill_null(False),
-        satisfied=click
-        & pl.when(known)
-        .then(pl.col("dwell_s") >= satisfied_dwell_s)
-        .otherwise((pl.col("position") == pl.col("last")).fill_null(False)),
+    page, hits = _flat(searches)
+    position, dwell = hits["position"], hits["dwell_s"]
+    placed, timed = (column.is_valid().to_numpy() for column in (position, dwell))
+    place = pc.fill_null(position, 0).to_numpy().astype(np.int64)
+    seconds = pc.fill_null(dwell, 0).to_numpy().astype(np.float64)
+    clicked = pc.fill_null(hits["clicked"], False).to_numpy()
+    last = _last_click(page, np.where(clicked & placed)[0], place, searches.num_rows)
+    examined = clicked | (placed & (place <= last))
+    satisfied = clicked & np.where(timed, seconds >= satisfied_dwell_s, placed & (place == last))
+
+    query = Names.of(searches["query"])
+    key = _Key.of([Names(query.codes[page], query.names), Names.of(hits["doc_id"]), Names.of(position)])
+    # Each of these holds the next, so that one number says all, and a sort of numbers alone is the fastest.
+    kind = examined.astype(np.int64) + clicked + satisfied
+    rows = np.sort(key.codes * 4 + kind)
+    start = _starts(rows >> 2)
+    codes, kinds = rows[start] >> 2, rows & 3
+    looked = np.flatnonzero(timed)[np.argsort(key.codes[timed])]  # in order, they are found fast
+    of_timed = np.searchsorted(codes, key.codes[looked])
+    sums = {
+        "impressions": np.diff(start, append=len(rows)),
+        **{name: _reduced(kinds >= least, start) for least, name in enumerate(("examined", "clicks", "satisfied"), 1)},
+        "dwell_sum_s": np.bincount(of_timed, seconds[looked], len(codes)),
+        "dwells": np.bincount(of_timed, minlength=len(codes)),
+    }
+    return _table(key, codes, PLACE, {name: sums[name] for name in COUNTED}).cast(TABLE)
+
+
+def summed(rows: pa.Table, by: list[str]) -> pa.Table:
+    """One row for all that are equal in `by`, in the order of these columns; all others are added up."""
+    key = _Key.of([Names.of(rows[name]) for name in by])
+    order = np.argsort(key.codes, kind="stable")  # what is in order already, or nearly, takes no time
+    start = _starts(key.codes[order])
+    others = [name for name in rows.column_names if name not in by]
+    return _table(
+        key, key.codes[order[start]], by, {name: _reduced(rows[name].to_numpy()[order], start) for name in others}
     )
-    queries = _encoded(searches["query"].combine_chunks())
-    return _summed(_Names(queries.codes[page], queries.names), _encoded(docs), rows)
 
 
-def merge(batches: pl.DataFrame) -> pl.DataFrame:
-    """Counts of several batches as counts of all, in one order."""
-    return _summed(_encoded(batches["query"].to_arrow()), _encoded(batches["doc_id"].to_arrow()), batches)
+def frame(counted: pa.Table) -> pl.DataFrame:
+    """Counts with the names of queries and documents in place of codes, as the click models take them."""
+    plain = [field.with_type(pa.string()) if field.type == NAME else field for field in counted.schema]
+    rows = pl.DataFrame(pl.from_arrow(counted.cast(pa.schema(plain))))
+    return rows.cast({name: COUNTS[name] for name in rows.columns if name in COUNTS})
+
+
+def coded(counted: pl.DataFrame) -> pa.Table:
+    """The other way round."""
+    rows = counted.to_arrow()
+    return pa.table({name: _encoded(rows[name]) if name in PAIR else rows[name] for name in rows.column_names})
 
 
 def shuffled(searches: pa.Table) -> pl.DataFrame:
@@ -68,7 +102,8 @@ def shuffled(searches: pa.Table) -> pl.DataFrame:
 
     Later pages are left out: they shuffle other, worse documents, so that their clicks compare with each other only.
     """
-    page, _, shown = _flat(searches.filter(pc.fill_null(searches["shuffled"], False)))
+    page, hits = _flat(searches.filter(pc.fill_null(searches["shuffled"], False)))
+    shown = pl.DataFrame(pl.from_arrow(hits.select(["position", "clicked"])))
     first = shown.with_columns(page=pl.Series(page)).filter(pl.col("position").min().over("page") == 1)
     return (
         first.group_by("position")
@@ -106,58 +141,98 @@ def thin(counted: pl.DataFrame, share: float, seed: list[int]) -> tuple[pl.DataF
 
 
 @dataclass(frozen=True)
-class _Names:
-    """Strings as numbers from 0 in the order of the strings."""
+class Names:
+    """Values as numbers from 0 in the order of the values."""
 
     codes: Codes  # a row each
-    names: pl.Series  # by code
+    names: pa.Array  # by code
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> Self:
+        whole = _encoded(column)
+        order = pc.sort_indices(whole.dictionary).to_numpy()
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        return cls(rank[whole.indices.to_numpy()], whole.dictionary.take(pa.array(order)))
 
 
-def _flat(searches: pa.Table) -> tuple[Codes, pa.Array, pl.DataFrame]:
-    """(page from 0, doc_id, the rest) of each hit. Strings are what costs, so the query is not copied to each."""
-    lists = searches["hits"].cast(pa.list_(tables.HIT)).combine_chunks()
+@dataclass(frozen=True)
+class _Key:
+    """Several columns as one number a row, in the order of the columns: fast to sort by."""
+
+    codes: Codes
+    names: Sequence[pa.Array]
+
+    @classmethod
+    def of(cls, columns: Sequence[Names]) -> Self:
+        codes, size = np.zeros(len(columns[0].codes), np.int64), 4
+        for column in columns:
+            codes, size = codes * max(1, len(column.names)) + column.codes, size * max(1, len(column.names))
+        assert size < 1 << 63, "too many queries, documents and positions for one batch"
+        return cls(codes, [column.names for column in columns])
+
+    def columns(self, codes: Codes) -> list[pa.Array]:
+        """The columns of these numbers: strings with their dictionary, others as they were."""
+        found = []
+        for names in reversed(self.names):
+            whole = codes // max(1, len(names))
+            codes, code = whole, codes - whole * max(1, len(names))
+            found.append(_coded(names, code) if pa.types.is_string(names.type) else names.take(pa.array(code)))
+        return found[::-1]
+
+
+def compact(rows: pa.Table) -> pa.Table:
+    """The rows, their dictionaries without names that do not occur."""
+    columns = {name: rows[name] for name in rows.column_names}
+    found = {name: _encoded(column) for name, column in columns.items() if pa.types.is_dictionary(column.type)}
+    return pa.table(columns | {name: _coded(all.dictionary, all.indices.to_numpy()) for name, all in found.items()})
+
+
+def _encoded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    if pa.types.is_large_string(column.type):  # as Polars hands them out
+        column = column.cast(pa.string())
+    if pa.types.is_dictionary(column.type):
+        return column.unify_dictionaries().combine_chunks()
+    return column.combine_chunks().dictionary_encode("encode")
+
+
+def _coded(names: pa.Array, codes: npt.NDArray[np.integer]) -> pa.DictionaryArray:
+    there = np.zeros(len(names), bool)
+    there[codes] = True
+    return pa.DictionaryArray.from_arrays(
+        pa.array((np.cumsum(there) - 1)[codes], pa.int32()), names.filter(pa.array(there))
+    )
+
+
+def _table(key: _Key, codes: Codes, by: list[str], sums: dict[str, npt.NDArray[Any]]) -> pa.Table:
+    return pa.table(dict(zip(by, key.columns(codes), strict=True)) | sums)
+
+
+def _starts(ordered: Codes) -> Codes:
+    """Where each run of equal numbers begins."""
+    new = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return np.flatnonzero(new)
+
+
+def _reduced(values: npt.NDArray[Any], start: Codes) -> npt.NDArray[Any]:
+    """The sum of each run of rows; of true and false, how many are true."""
+    kind = np.dtype(np.int32) if values.dtype == bool else values.dtype
+    return np.asarray(np.add.reduceat(values, start, dtype=kind) if len(start) else np.zeros(0, kind))
+
+
+def _flat(searches: pa.Table) -> tuple[Codes, pa.Table]:
+    """(page from 0 of each hit, the hits)."""
+    lists = searches["hits"].combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     hits = pa.Table.from_struct_array(lists.flatten())
-    rest = pl.DataFrame(pl.from_arrow(hits.drop_columns("doc_id")))
-    return np.repeat(np.arange(len(lengths)), lengths), hits["doc_id"].combine_chunks(), rest
+    return np.repeat(np.arange(len(lengths)), lengths), hits
 
 
-def _last_click(page: Codes, shown: pl.DataFrame, pages: int) -> Codes:
-    """The position of the last click of each hit's page; below all positions where there is none."""
+def _last_click(page: Codes, clicks: Codes, place: Codes, pages: int) -> Codes:
+    """The place of the last click of each hit's page, of the hits `clicks`; beyond all places where there is none."""
     limits = np.iinfo(np.int64)
     last = np.full(pages, limits.min)
-    clicked = (shown["clicked"] & shown["position"].is_not_null()).fill_null(False).to_numpy()
-    np.maximum.at(last, page[clicked], shown["position"].filter(pl.Series(clicked)).to_numpy())
+    np.maximum.at(last, page[clicks], place[clicks])
     last[last == limits.min] = limits.max
     return np.asarray(last[page])
-
-
-def _encoded(strings: pa.Array) -> _Names:
-    found = strings.dictionary_encode()
-    names = pl.Series(found.dictionary, dtype=pl.String)
-    order = names.arg_sort().to_numpy()
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return _Names(rank[found.indices.to_numpy(zero_copy_only=False)], names.gather(order))
-
-
-def _summed(query: _Names, doc: _Names, rows: pl.DataFrame) -> pl.DataFrame:
-    """Counts by query, document and position, in their order.
-
-    The three are packed into one number to sort by: for these seven columns that takes half of what grouping takes.
-    """
-    position = rows["position"].cast(pl.Int64)
-    known = position.drop_nulls().to_numpy()
-    low = int(known.min(initial=0)) - 1  # stands for a position that is not known
-    width, docs = int(known.max(initial=0)) - low + 1, max(1, len(doc.names))
-    assert len(query.names) * docs * width < 1 << 63, "too many queries, documents and positions for one batch"
-    key = (query.codes * docs + doc.codes) * width + (position.fill_null(low) - low).to_numpy()
-    order = np.argsort(key)
-    start = np.flatnonzero(np.diff(key[order], prepend=-1))
-    pair, place = np.divmod(key[order[start]], width)
-    found = {"query": query.names.gather(pair // docs), "doc_id": doc.names.gather(pair % docs)}
-    found["position"] = pl.Series(place + low).replace(low, None)
-    for name in COUNTED:
-        values = rows[name].cast(COUNTS[name]).to_numpy()
-        found[name] = pl.Series(np.add.reduceat(values[order], start) if len(start) else values)
-    return pl.DataFrame(found, schema_overrides=COUNTS)

@@ -10,6 +10,7 @@ import json
 import tempfile
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ from disranker import tables
 from disranker.recipe import Refused
 
 MANIFEST = "manifest.json"
+ARROW = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 class Store:
@@ -133,6 +135,14 @@ class Store:
         """One parquet file, whole or absent."""
         self._put(self.at(*names), lambda out: pq.write_table(rows, out))
 
+    def put_arrow(self, rows: pa.Table, *names: str) -> None:
+        """One file in Arrow's own format, whole or absent: for what is soon read again, and never by column."""
+        self._put(self.at(*names), partial(_write_arrow, rows))
+
+    def read_arrow(self, path: str) -> pa.Table:
+        with self.fs.open_input_file(path) as file:
+            return pa.ipc.open_file(file).read_all()
+
     def put_text(self, text: str, *names: str) -> None:
         self._put(self.at(*names), lambda out: out.write(text.encode()))
 
@@ -173,6 +183,11 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):  # it could not even be opened
                     self.fs.delete_file(unfinished)
             raise
+
+
+def _write_arrow(rows: pa.Table, out: IO[bytes]) -> None:
+    with pa.ipc.new_file(out, rows.schema, options=ARROW) as writer:
+        writer.write_table(rows)
 
 
 def expand(patterns: list[str], what: str) -> list[str]:
