@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from disranker import report
+from disranker import report, trec
 from disranker.engine import Engine
 from disranker.metrics import Qrels, Run
 from disranker.recipe import Recipe
@@ -87,7 +87,7 @@ def _write(
         report.html(found, title=title, facts=_facts(recipe, store), examples=examples), "report", "report.html"
     )
     for name, scores in runs.items():
-        store.put_text(report.trec_run(scores, name), "report", f"{name}.run")
+        store.put_text("".join(f"{line}\n" for line in trec.run_lines(scores, name)), "report", f"{name}.run")
     store.put_text(json.dumps(found, indent=1), "report", "report.json")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from disranker import exports, formats, stages
+from disranker import exports, lines, stages
 from disranker import recipe as recipes
 from disranker.recipe import Recipe, Refused
 from disranker.store import Store
@@ -20,7 +20,7 @@ def run(recipe: Recipe, what: str, form: str, to: str) -> None:
     if source.finished(what) is None:
         maker = next(stage.name for stage in stages.STAGES if what in stage.writes)
         raise Refused(f"export: {what} is not there in {source.uri}; run jobs.{maker} first, or jobs.pipeline")
-    if to.endswith(formats.COMPRESSED):
+    if to.endswith(lines.COMPRESSED):
         raise Refused(f"--to {to}: files are written plain; leave out the last ending")
     files = exports.files(what, form, _parts(source, what))
     try:

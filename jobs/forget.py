@@ -10,7 +10,6 @@ from disranker import ledger, stages
 from disranker import recipe as recipes
 from disranker.ledger import Ledger
 from disranker.recipe import Recipe, Refused
-from disranker.stages import Step
 from disranker.store import Store
 from jobs import ingest, launch
 
@@ -23,7 +22,7 @@ def run(recipe: Recipe, store: Store, clients: list[str]) -> list[str]:
         raise Refused(f"forget: no searches in {store.uri}; run jobs.ingest first")
     at = _ledger(recipe, store)
     if not at.batches:  # the run was moved, and with it the names of the files
-        launch.execute(_step(recipe, "ingest"), recipe, store)
+        launch.execute(stages.step(recipe, "ingest"), recipe, store)
         at = _ledger(recipe, store)
     known = set(map(ledger.hashed, clients)) & set(at.forgotten)
     if not known and not at.lines_of(clients):
@@ -31,16 +30,12 @@ def run(recipe: Recipe, store: Store, clients: list[str]) -> list[str]:
     ledger.remember_to_forget(store, clients)  # first: from here on no log brings them back
     launch.say(f"forget: {len(clients)} clients, {at.forget(clients)} lines of theirs removed")
     for name in AGAIN:
-        launch.execute(_step(recipe, name), recipe, store)
+        launch.execute(stages.step(recipe, name), recipe, store)
     return stages.resting(store)
 
 
 def _ledger(recipe: Recipe, store: Store) -> Ledger:
-    return Ledger(store, ingest.meaning(recipe, _step(recipe, "ingest")), recipe.ingest)
-
-
-def _step(recipe: Recipe, name: str) -> Step:
-    return next(step for step in stages.steps(recipe) if step.stage.name == name)
+    return Ledger(store, ingest.meaning(recipe, stages.step(recipe, "ingest")), recipe.ingest)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections import Counter
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from disranker import cleaning, flat, ledger, lines, logs, sources, stages, tables, ubi
+from disranker import cleaning, flat, ledger, lines, logs, stages, ubi
 from disranker import recipe as recipes
 from disranker import store as stores
 from disranker.inputs import Columns, Ingest
@@ -24,18 +23,17 @@ from disranker.ledger import Cell, Identity, Ledger
 from disranker.recipe import Recipe, Refused, digest
 from disranker.stages import Step
 from disranker.store import Store
-from jobs import launch, parts
+from jobs import catalogue, launch, parts
 
 LOGS = ("queries", "events", "flat")
 FILES_PER_BATCH = 256  # what a crash while reading costs at most
 EXAMPLES = 3
-pause = time.sleep
-CATALOGUE = "catalogue"  # begins the names of rejects that are not of the log
+pause = time.sleep  # of following; a test has no time
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     files = _files(recipe, store)
-    counts = _catalogue(files, recipe.ingest.parts, store, step)
+    counts = catalogue.write(files, recipe.ingest.parts, store, step)
     counts |= _log(recipe, {what: files[what] for what in LOGS}, store, step)
     reasons = _reasons(store, store.written("rejects"))
     return counts | {"rejects": sum(reasons.values()), "reasons": reasons}
@@ -72,12 +70,12 @@ def _log(recipe: Recipe, files: dict[str, list[str]], store: Store, step: Step) 
     return counts
 
 
-def meaning(recipe: Recipe, step: Step) -> list[Any]:
-    """What decides which files there are and what their records are: with other settings, all are read again."""
+def meaning(recipe: Recipe, step: Step) -> str:
+    """A digest of what decides which files there are and what their records are: with another, all are read again."""
     # By whole paths: a log that was moved is another one, not the same lines once more.
     patterns = [f"{recipe.root}/world"] if recipe.made_up else [*chain(*(getattr(recipe.data, what) for what in LOGS))]
     named = [pattern if "://" in pattern else str(Path(pattern).absolute()) for pattern in patterns]
-    return [stages.FORMAT, step.reads, named, recipe.data.columns.model_dump(), step.settings["ingest"]]
+    return digest([stages.FORMAT, step.reads, named, recipe.data.columns.model_dump(), step.settings["ingest"]])
 
 
 def _read(at: Ledger, files: list[Identity], kinds: dict[str, str], cfg: Ingest, columns: Columns) -> None:
@@ -108,7 +106,7 @@ def _records(path: str, kind: str, columns: Columns) -> Any:
 
 def _masked(block: pa.Table) -> tuple[pa.Table, dict[str, int]]:
     rows = pl.DataFrame(pl.from_arrow(block))
-    query, found = cleaning.cleaned(rows["query"], masked=True)
+    query, found = cleaning.masked(rows["query"])
     return logs.table(rows.with_columns(query=query).to_arrow()), found
 
 
@@ -131,8 +129,9 @@ def _join(at: Ledger, store: Store) -> int:
     broken = {f"lines-{batch.name}-{digest(sorted(at.replaced(batch)))}": batch for batch in at.batches}
     for name, batch in broken.items():
         store.put_table(at.rejects(batch), "rejects", f"{name}.parquet")
-    _keep_only(store, "searches", set(wanted))
-    _keep_only(store, "rejects", set(wanted) | set(broken) | {name for name in _names(store) if CATALOGUE in name})
+    kept = wanted.keys() | broken.keys()
+    store.remove("searches", lambda name: name.rsplit(".", 1)[0] not in kept)
+    store.remove("rejects", lambda name: name.rsplit(".", 1)[0] not in kept and not catalogue.of(name))
     return len(stale)
 
 
@@ -140,27 +139,14 @@ def _name(cell: Cell, made_of: str) -> str:
     return f"part-{cell.part:05d}-{cell.period}-{made_of}"
 
 
-def _names(store: Store) -> set[str]:
-    return {info.base_name.rsplit(".", 1)[0] for info in store.files("rejects")}
-
-
-def _keep_only(store: Store, table: str, names: set[str]) -> None:
-    for info in store.files(table):
-        if info.base_name.rsplit(".", 1)[0] not in names:
-            store.fs.delete_file(info.path)
-
-
 def _joined_counts(store: Store, at: Ledger) -> dict[str, int]:
-    found = []
-    for cell, made_of in at.cells().items():
-        with store.fs.open_input_stream(store.at("searches", f"{_name(cell, made_of)}.json")) as file:
-            found.append(json.loads(file.read()))
-    return parts.total(found)
+    names = [f"{_name(cell, made_of)}.json" for cell, made_of in at.cells().items()]
+    return parts.total(store.read_json("searches", name) for name in names)
 
 
 def _check(counts: dict[str, Any], cfg: Ingest, store: Store, files: dict[str, list[str]]) -> None:
     """Raises `Refused` for a log that gives nothing, or too much that is broken."""
-    of_log = [path for path in store.written("rejects") if CATALOGUE not in path.rsplit("/", 1)[1]]
+    of_log = [path for path in store.written("rejects") if not catalogue.of(path.rsplit("/", 1)[1])]
     read, reasons = counts.get("lines", 0), _reasons(store, of_log)
     refused = sum(reasons.values())
     if counts.get("searches") and refused <= cfg.max_bad_share * read:
@@ -198,63 +184,6 @@ def _example(store: Store, files: list[str], reason: str) -> str:
     return f"{first['file']}:{first['line']}"
 
 
-# Documents and judgments
-
-
-def _catalogue(files: dict[str, list[str]], count: int, store: Store, step: Step) -> dict[str, int]:
-    """Made anew where a file of them changed; the counts that it leaves are written last, and say that all is there."""
-    of_log = {path for what in LOGS for path in files[what]}
-    inputs = [found for found in step.inputs if found[0] not in of_log and not found[0].endswith(ledger.FORGOTTEN)]
-    made = f"made-{digest([stages.FORMAT, count, step.reads, inputs])}.json"
-    if store.fs.get_file_info(store.at("documents", made)).type.name != "NotFound":
-        with store.fs.open_input_stream(store.at("documents", made)) as file:
-            found: dict[str, int] = json.loads(file.read())
-            return found
-    for table in ("documents", "judgments"):
-        store.clear(table)
-    _keep_only(store, "rejects", {name for name in _names(store) if CATALOGUE not in name})
-    counts = _documents(files["documents"], count, store) | _judgments(files["judgments"], files["topics"], store)
-    store.put_text(json.dumps(counts), "documents", made)
-    return counts
-
-
-def _documents(files: list[str], count: int, store: Store) -> dict[str, int]:
-    def write(part: int, rows: pa.Table) -> dict[str, int]:
-        documents, rejects, counted = sources.unique_documents(rows)
-        store.write("documents", part, documents)
-        store.put_table(rejects, "rejects", f"{CATALOGUE}-{part:05d}.parquet")
-        return counted | {"documents": documents.num_rows}
-
-    for file in files:  # a wrong file is refused before anything is read
-        next(sources.rows(file, "documents"), None)
-    counts = parts.total(parts.gather(parts.flat(files, partial(sources.documents, parts=count)), count, write))
-    if not counts.get("documents"):
-        raise Refused(
-            f"data.documents: no usable document in {', '.join(files)}; each needs a doc_id and a title or summary"
-        )
-    return counts
-
-
-def _judgments(files: list[str], topics: list[str], store: Store) -> dict[str, int]:
-    graded, refused = sources.judgments(files, topics)
-    wanted = pc.field("doc_id").isin(pa.array(graded["doc_id"].unique().to_list(), pa.string()))
-    known = store.read_files("documents", store.written("documents"), ["doc_id"], wanted)["doc_id"].to_pylist()
-    missing = ~pl.col("doc_id").is_in(known)
-    unknown = graded.filter(missing).select(
-        "file", "line", reason=pl.lit("no such document"), raw=pl.format("{}: {}", "query", "doc_id")
-    )
-    good = graded.filter(~missing).unique(["query", "doc_id"], keep="last", maintain_order=True).sort("query", "doc_id")
-    if files and not good.height:
-        raise Refused(
-            f"data.judgments: none of the {graded.height + len(refused)} grades in {', '.join(files)} is of a document "
-            "in data.documents"
-        )
-    store.write("judgments", 0, good.drop("file", "line").to_arrow())
-    rejects = pa.concat_tables([tables.conform("rejects", refused), tables.conform("rejects", unknown.to_arrow())])
-    store.put_table(rejects, "rejects", f"{CATALOGUE}-judgments.parquet")
-    return {"judgments": good.height, "judgments_replaced": graded.height - unknown.height - good.height}
-
-
 # Following
 
 
@@ -264,7 +193,7 @@ def follow(recipe_path: str, overrides: list[str], every_s: float, idle_s: float
     while idle_s is None or time.monotonic() - quiet_since < idle_s:
         recipe = recipes.load(recipe_path, overrides)
         store = Store(recipe.root)
-        step = next(step for step in stages.steps(recipe) if step.stage.name == "ingest")
+        step = stages.step(recipe, "ingest")
         if stages.why(step, store):
             launch.execute(step, recipe, store)
             quiet_since = time.monotonic()

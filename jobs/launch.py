@@ -51,11 +51,7 @@ def one(stage: str, arguments: argparse.Namespace) -> int:
     def work() -> None:
         recipe = recipes.load(arguments.recipe, arguments.set)
         store = Store(recipe.root)
-        step = next((s for s in stages.steps(recipe) if s.stage.name == stage), None)
-        if step is None:
-            raise Refused(
-                f"this recipe has no stage {stage}; it has {', '.join(s.stage.name for s in stages.steps(recipe))}"
-            )
+        step = stages.step(recipe, stage)
         if stages.why(step, store) is None:
             say(f"{stage}: stands")
         else:

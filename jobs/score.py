@@ -87,7 +87,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 
 def estimate(recipe: Recipe, store: Store) -> None:
     """Scores a sample, and says what all would take."""
-    stages.check_reads(next(s for s in stages.steps(recipe) if s.stage.name == "score"), store)
+    stages.check_reads(stages.step(recipe, "score"), store)
     launch.connect()
     cfg, teacher = recipe.score, _ready(recipe, store)
     missing = _missing(_keyed(recipe, store, teacher), teacher).materialize()

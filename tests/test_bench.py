@@ -102,7 +102,7 @@ def test_the_default_teacher_has_over_20_million_parameters_and_heads_that_vllm_
 
 
 def test_the_stage_score_finds_all_it_reads(tiny_store):
-    step = next(step for step in stages.steps(tiny_store) if step.stage.name == "score")
+    step = stages.step(tiny_store, "score")
     store = Store(tiny_store.root)
     stages.check_reads(step, store)
     assert stages.why(step, store) == "not done yet"

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disranker import exports, logs, sources, tables, trec
+from disranker import cleaning, exports, sources, tables, trec
 from disranker.recipe import Refused
 from disranker.store import Store
 from jobs import export
@@ -25,7 +25,7 @@ SOME = settings(max_examples=60, deadline=None, suppress_health_check=[HealthChe
 NAMES = {"judgments": ["query", "doc_id", "grade", "split"], "documents": ["doc_id", "title", "summary"]}
 JUDGMENT = st.fixed_dictionaries(
     {
-        "query": TEXT.map(logs.normalise).filter(bool),
+        "query": TEXT.map(cleaning.normalise).filter(bool),
         "doc_id": TEXT.filter(bool),
         "grade": st.integers(0, 10),
         "split": st.sampled_from([None, "train", "validation", "test"]),
@@ -83,7 +83,7 @@ def test_judgments_with_ids_without_white_space_come_back_from_trec_files(tmp_pa
     topics, *qrels = written("judgments", "trec", rows, tmp_path)
     assert judgments(qrels, [topics]) == tuples("judgments", rows)
     theirs = {(q.query_id, q.doc_id, q.relevance) for file in qrels for q in ir_measures.read_trec_qrels(file)}
-    ours = {(exports.query_id(row["query"]), row["doc_id"], row["grade"]) for row in rows}
+    ours = {(trec.field(row["query"]), row["doc_id"], row["grade"]) for row in rows}
     assert theirs == ours
 
 
@@ -147,7 +147,7 @@ def test_16_scores_as_a_table_have_the_columns_of_the_table(tmp_path, form):
 
 
 def test_a_query_id_hides_white_space_percent_signs_and_the_mark_of_utf_8_alone():
-    assert exports.query_id("\ufeffrot 50%\u3000鞋/子") == "%EF%BB%BFrot%2050%25%E3%80%80鞋/子"
+    assert trec.field("\ufeffrot 50%\u3000鞋/子") == "%EF%BB%BFrot%2050%25%E3%80%80鞋/子"
 
 
 ROW = {"query": "red shoe", "doc_id": "a", "grade": 3, "split": "test"}
@@ -246,3 +246,10 @@ def test_a_place_that_cannot_be_written_exits_with_1_and_1_line(recipe, tmp_path
     (tmp_path / "file").write_text("")
     assert call(recipe, "judgments", "beir", tmp_path / "file") == 1
     assert capsys.readouterr().err.startswith(f"failed: export: {tmp_path}/file cannot be written: ")
+
+
+def test_a_line_of_a_run_has_6_fields_even_where_ids_hold_spaces_or_percent_signs():
+    found = trec.run_lines({"red shoes": {"a b": 0.1, "c%": 2.0}, "鞋 子": {"d": 1.0}}, "my run")
+    assert list(found) == [
+        "red%20shoes Q0 c%25 1 2.0 my%20run", "red%20shoes Q0 a%20b 2 0.1 my%20run", "鞋%20子 Q0 d 1 1.0 my%20run",
+    ]  # fmt: skip

@@ -300,7 +300,7 @@ def test_a_forgotten_client_is_in_no_record_search_or_reject_and_no_log_brings_i
     cfg = given_recipe(tmp_path)
     before = ingested(cfg)
     store, step = Store(cfg.root), stages.Step(stages.STAGES[1], "f", {}, {"ingest": {}}, [])
-    at = Ledger(store, None, cfg.ingest)
+    at = Ledger(store, "name", cfg.ingest)
     at.folder = "records/" + next((tmp_path / "run" / "records").iterdir()).name
     lines = at.lines_of(["c3"])
     assert lines > 3 and at.lines_of(["nobody"]) == 0 and step
@@ -328,7 +328,7 @@ def test_the_id_of_a_forgotten_client_is_not_kept(tmp_path):
 def test_times_that_jump_about_do_not_open_a_file_for_each_period_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "MOST_OPEN", 3)
     cfg = given_recipe(tmp_path, period_days=1).ingest
-    at = Ledger(Store(str(tmp_path)), None, cfg)
+    at = Ledger(Store(str(tmp_path)), "name", cfg)
     writer = ledger.Writer(at, "b", 0)
     from disranker import logs
 

@@ -243,8 +243,8 @@ def test_periods_joined_one_by_one_give_what_all_gives_together(pages, events, s
     rows = records(queries, done) + [row(doc, seconds=ms // 1000) for doc, ms in shown]
     table = logs.table(rows)
     whole, refused, counts = logs.join(table, cfg)
-    times = pl.DataFrame(pl.from_arrow(table))["time"]
-    found = [logs.join(table, cfg, period) for period in sorted(set(logs.periods(times, 3).tolist()))]
+    periods = pl.DataFrame(pl.from_arrow(table)).select(logs.period(cfg)).to_series().unique().sort()
+    found = [logs.join(table, cfg, period) for period in periods]
     key = "query_id"
     assert sorted((r for s, _, _ in found for r in s.to_pylist()), key=lambda r: r[key]) == whole.to_pylist()
     assert sorted((r["line"], r["file"]) for _, j, _ in found for r in j.to_pylist()) == sorted(

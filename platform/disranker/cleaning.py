@@ -186,14 +186,13 @@ def _is_gtin(number: str) -> bool:
     return (3 * sum(map(int, number[-2::-2])) + sum(map(int, number[::-2]))) % 10 == 0
 
 
-def cleaned(column: pl.Series, masked: bool) -> tuple[pl.Series, dict[str, int]]:
-    """Queries normalised, and masked if wanted -> (queries, how many rows were respelt or held each kind)."""
+def masked(column: pl.Series) -> tuple[pl.Series, dict[str, int]]:
+    """Queries as `mask` has them -> (queries, how many rows held each kind)."""
     typed = column.drop_nulls().value_counts(name="rows")
-    done = [mask(query) if masked else (normalise(query), ()) for query in typed[column.name]]
+    done = [mask(query) for query in typed[column.name]]
     texts = pl.Series([text for text, _ in done], dtype=pl.String)
     rows = typed["rows"].to_list()
-    counts = {"respelt": int(typed.filter(typed[column.name] != texts)["rows"].sum())}
-    counts |= {kind: sum(n for n, (_, kinds) in zip(rows, done, strict=True) if kind in kinds) for kind in KINDS}
+    counts = {kind: sum(n for n, (_, kinds) in zip(rows, done, strict=True) if kind in kinds) for kind in KINDS}
     return column.replace_strict(typed[column.name], texts, default=None, return_dtype=pl.String), counts
 
 

@@ -6,19 +6,17 @@ What a form cannot hold is refused before anything is written.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
-from urllib.parse import quote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from disranker import metrics, tables
+from disranker import tables, trec
 from disranker.recipe import Refused
 
 Writer = Callable[[IO[bytes]], None]
 Parts = Iterable[pa.Table]
 SPLITS = {"train": "train", "validation": "dev", "test": "test"}  # as BEIR calls them
-BOM = "\ufeff"
 
 
 def files(what: str, form: str, parts: Parts) -> dict[str, Writer]:
@@ -30,11 +28,6 @@ def files(what: str, form: str, parts: Parts) -> dict[str, Writer]:
     if form not in forms:
         raise Refused(f"{what} cannot be written as {form}; as {', '.join(forms)} they can")
     return forms[form](what, parts)
-
-
-def query_id(query: str) -> str:
-    """A query as an id without white space, the same in every file; `urllib.parse.unquote` undoes it."""
-    return "".join(quote(sign) if sign.isspace() or sign in ("%", BOM) else sign for sign in query)
 
 
 def _parquet(what: str, parts: Parts) -> dict[str, Writer]:
@@ -101,19 +94,13 @@ def _runs(what: str, parts: Parts) -> dict[str, Writer]:
     runs: dict[str, dict[str, dict[str, float]]] = {}
     for query, document, model, score in (row for part in parts for row in _frame(part).iter_rows()):
         runs.setdefault(model, {}).setdefault(query, {})[document] = score
-    return {f"{model}.run": _lines(_run(runs[model], model)) for model in sorted(runs)}
-
-
-def _run(run: metrics.Run, model: str) -> Iterator[str]:
-    for query in sorted(run):
-        for rank, document in enumerate(metrics.ranking(run[query]), 1):
-            yield f"{query_id(query)} Q0 {_document(document)} {rank} {run[query][document]!r} {model}"
+    return {f"{model}.run": _lines(trec.run_lines(runs[model], model, _document)) for model in sorted(runs)}
 
 
 def _graded(parts: Parts) -> pl.DataFrame:
     """Judgments, with the ids of their queries: few enough to be held."""
     graded = _frame(pa.concat_tables([tables.SCHEMAS["judgments"].empty_table(), *parts]))
-    return graded.with_columns(query_id=pl.col("query").map_elements(query_id, pl.String))
+    return graded.with_columns(query_id=pl.col("query").map_elements(trec.field, pl.String))
 
 
 def _by_split(graded: pl.DataFrame) -> Iterator[tuple[str | None, pl.DataFrame]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from disranker import lines, logs, store
+from disranker import lines, logs
 from disranker.cleaning import normalise
 from disranker.inputs import Columns
 from disranker.logs import Broken
@@ -19,10 +19,8 @@ from disranker.recipe import Refused
 
 TRUE = frozenset({"1", "true", "t", "yes", "y", "click", "clicked"})
 FALSE = frozenset({"", "0", "false", "f", "no", "n", "null", "none", "nan", "-"})
-COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 OBJECTS = (".jsonl", ".ndjson", ".json", ".parquet")
 SECONDS_END = 1e11  # a larger number counts milliseconds
-LONGEST_DWELL_S = 1e9
 SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";"}
 
 Row = tuple[int, bytes, dict[str, str] | list[str] | Broken]  # number of the line, the line, its fields
@@ -44,12 +42,7 @@ def tables(file: str, cfg: Columns) -> Iterator[pa.Table]:
 
 def rows(file: str, cfg: Columns) -> Iterator[Row]:
     """The rows of a file with the number of their line."""
-    bare = _bare(file)
-    if bare.endswith(OBJECTS):
-        yield from _objects(file, cfg)
-    else:
-        text = _decoded(file, cfg.encoding)
-        yield from _split(text, cfg, file) if cfg.separator == "blanks" else _delimited(text, cfg, file, bare)
+    yield from _objects(file) if lines.bare(file).endswith(OBJECTS) else _texts(file, cfg)
 
 
 def record(line: bytes, fields: dict[str, str] | list[str] | Broken, cfg: Columns) -> dict[str, Any]:
@@ -70,7 +63,7 @@ def _row(fields: dict[str, str], cfg: Columns) -> dict[str, Any]:
     if not doc_id:
         return {"kind": "other"}  # a search without a click, in a log of clicks
     position = _number(fields, cfg.position, "position")
-    if position is not None and (position != position // 1 or not cfg.first_position <= position < 1_000_000):
+    if position is not None and (position != position // 1 or not cfg.first_position <= position < logs.LAST_POSITION):
         raise Broken(f"position is no whole number from {cfg.first_position}")
     dwell = _number(fields, cfg.dwell_s, "dwell_s")
     return {
@@ -83,7 +76,7 @@ def _row(fields: dict[str, str], cfg: Columns) -> dict[str, Any]:
         "position": None if position is None else int(position) + 1 - cfg.first_position,
         "clicked": not cfg.click or _flag(_get(fields, cfg.click), "click"),
         "converted": bool(cfg.conversion) and _flag(_get(fields, cfg.conversion), "conversion"),
-        "dwell_s": dwell if dwell is not None and 0 <= dwell <= LONGEST_DWELL_S else None,
+        "dwell_s": dwell if dwell is not None and 0 <= dwell <= logs.LONGEST_DWELL_S else None,
     }
 
 
@@ -132,19 +125,12 @@ def _time(text: str, form: str) -> datetime:
     return logs.moment(number if abs(number) > SECONDS_END else number * logs.MS)
 
 
-def _bare(file: str) -> str:
-    path = store.locate(file)[1].lower()
-    for ending in COMPRESSED:
-        path = path.removesuffix(ending)
-    return path
-
-
 def _by_number(fields: list[str]) -> dict[str, str]:
     """Fields of a file without a header, named from 1."""
     return {str(number): field for number, field in enumerate(fields, start=1)}
 
 
-def _objects(file: str, cfg: Columns) -> Iterator[Row]:
+def _objects(file: str) -> Iterator[Row]:
     for numbers, block in lines.blocks(file):
         for number, line in zip(numbers, block, strict=True):
             yield number, line, _object(line)
@@ -168,46 +154,24 @@ def _text(value: Any) -> str:
 
 def _decoded(file: str, encoding: str) -> Iterator[tuple[int, bytes, str | None]]:
     """(number, line, its text or None where it is not of the encoding)."""
-    try:
+    with lines.to_the_end(file):
         for numbers, block in lines.physical(file):
             for number, line in zip(numbers, block, strict=True):
                 try:
                     yield number, line, line.rstrip(b"\r").decode("utf-8-sig" if encoding == "utf-8" else encoding)
                 except UnicodeDecodeError:
                     yield number, line, None
-    except (OSError, EOFError) as error:
-        raise Refused(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error
 
 
-def _split(text: Iterator[tuple[int, bytes, str | None]], cfg: Columns, file: str) -> Iterator[Row]:
-    """Fields between any run of tabs and spaces, as some search engines publish; brackets hold a query together."""
+def _texts(file: str, cfg: Columns) -> Iterator[Row]:
+    """The rows of a text file, cut into fields."""
+    separator = SEPARATORS.get(cfg.separator) or ("," if lines.bare(file).endswith(".csv") else "\t")
     names: list[str] | None = None
-    for number, line, decoded in text:
+    for number, line, decoded in _decoded(file, cfg.encoding):
         if decoded is None:
             yield number, line, Broken(f"not {cfg.encoding}")
             continue
-        fields = _fields(decoded)
-        if cfg.header and names is None:
-            names = fields
-            _require(cfg, names, file)
-        else:
-            yield number, line, _named(fields, names)
-
-
-def _fields(line: str) -> list[str]:
-    before, opened, rest = line.partition("[")
-    inside, closed, after = rest.partition("]")
-    return [*before.split(), inside, *after.split()] if opened and closed else line.split()
-
-
-def _delimited(text: Iterator[tuple[int, bytes, str | None]], cfg: Columns, file: str, bare: str) -> Iterator[Row]:
-    separator = SEPARATORS.get(cfg.separator) or ("," if bare.endswith(".csv") else "\t")
-    names: list[str] | None = None
-    for number, line, decoded in text:
-        if decoded is None:
-            yield number, line, Broken(f"not {cfg.encoding}")
-            continue
-        fields = _parse(decoded, separator)
+        fields = _fields(decoded) if cfg.separator == "blanks" else _parse(decoded, separator)
         if cfg.header and names is None:
             if isinstance(fields, Broken):
                 raise Refused(f"{file}: the first line is no header: {fields}")
@@ -215,6 +179,13 @@ def _delimited(text: Iterator[tuple[int, bytes, str | None]], cfg: Columns, file
             _require(cfg, names, file)
         else:
             yield number, line, fields if isinstance(fields, Broken) else _named(fields, names)
+
+
+def _fields(line: str) -> list[str]:
+    """Between any run of tabs and spaces, as some search engines publish; brackets hold a query together."""
+    before, opened, rest = line.partition("[")
+    inside, closed, after = rest.partition("]")
+    return [*before.split(), inside, *after.split()] if opened and closed else line.split()
 
 
 def _parse(line: str, separator: str) -> list[str] | Broken:

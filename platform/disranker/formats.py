@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from disranker import logs, store, tables
+from disranker import lines, logs, store, tables
 from disranker.recipe import Refused
 
 COLUMNS = {"documents": ("doc_id", "title", "summary"), "judgments": ("query", "doc_id", "grade")}
@@ -31,7 +31,6 @@ OTHERS = {
 QRELS = ("query-id", "iteration", "corpus-id", "score")  # the columns of TREC, in BEIR's words
 LISTS = ("judgmentRatings", "judgmentScores", "hits")  # keys of the workbench; the second before OpenSearch 3.1
 SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")  # what pyarrow knows by the name
 BATCH = 20_000  # rows of a parquet file decoded at once
 
 
@@ -94,15 +93,6 @@ def rows(file: str, what: str) -> Rows:
     return _qrels(file) if kind == "qrels" else _delimited(file, what, {"csv": ",", "tsv": "\t"}[kind])
 
 
-def lines(file: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their number from 1; compressed files by their name."""
-    filesystem, path = store.locate(file)
-    with filesystem.open_input_stream(path, compression="detect") as stream:
-        for at, line in enumerate(io.BufferedReader(stream), start=1):
-            if line.strip():
-                yield at, line
-
-
 def number(value: Any) -> Any:
     """The number that a text says in plain digits; anything else as it is."""
     plain = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", value.strip(), re.ASCII)
@@ -114,12 +104,10 @@ def unreadable(reason: str, line: bytes) -> Unreadable:
 
 
 def _kind(file: str, what: str) -> str:
-    name = PurePosixPath(store.locate(file)[1]).name.casefold()
-    for end in COMPRESSED:
-        name = name.removesuffix(end)
+    name = PurePosixPath(lines.bare(file)).name
     if name.endswith(".parquet"):
         return "parquet"
-    first = next((line for _, line in lines(file)), b"").removeprefix(b"\xef\xbb\xbf").strip()
+    first = next((line for _, line in lines.written(file)), b"").removeprefix(b"\xef\xbb\xbf").strip()
     cells = first.split()
     if what == "judgments" and len(cells) == len(QRELS) and re.fullmatch(rb"[+-]?\d+", cells[-1]):
         return "qrels"
@@ -158,7 +146,7 @@ def _parquet(file: str, what: str) -> Rows:
 
 def _json_lines(file: str, what: str) -> Rows:
     layout = None
-    for at, line in lines(file):
+    for at, line in lines.written(file):
         try:
             found = logs.parsed(line)
             fault = None if isinstance(found, dict) else "not a JSON object"
@@ -240,7 +228,7 @@ def _cells(layout: Layout, values: dict[str, str]) -> Row:
 
 def _qrels(file: str) -> Rows:
     layout = Layout.of(QRELS, "judgments", file)
-    for at, line in lines(file):
+    for at, line in lines.written(file):
         try:
             cells = line.decode("utf-8-sig").split()
         except UnicodeDecodeError:

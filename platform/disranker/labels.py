@@ -235,12 +235,9 @@ class Labels:
         self.store.put_table(rows.select(SCHEMA.names).cast(SCHEMA), "labels", self.teacher, name)
 
     def _json(self, name: str) -> dict[str, Any] | None:
-        try:
-            with self.store.fs.open_input_stream(self._at(name)) as file:
-                found: dict[str, Any] = json.loads(file.read())
-                return found
-        except FileNotFoundError:
-            return None
+        with contextlib.suppress(FileNotFoundError):
+            return self.store.read_json("labels", self.teacher, name)
+        return None
 
     def _put(self, name: str, content: dict[str, Any]) -> None:
         self.store.put_text(json.dumps(content, indent=1), "labels", self.teacher, name)

@@ -7,12 +7,14 @@ of the batches that reach it, and its file is named after them: nothing is joine
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
-from typing import IO, Any
+from functools import cached_property
+from itertools import product
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -22,11 +24,9 @@ from pyarrow import fs
 from disranker import logs, tables
 from disranker.inputs import Ingest
 from disranker.recipe import digest
-from disranker.store import Store
+from disranker.store import ARROW, Store
 
 MOST_OPEN = 128  # files that one task writes at a time
-# Arrow's own format: records are read once or twice, and never by a part of their columns.
-COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 FORGOTTEN = "forgotten.json"
 
 Identity = list[Any]  # path, bytes, time of change
@@ -48,20 +48,20 @@ class Batch:
 
 
 class Ledger:
-    """The batches of one root, read with one set of settings."""
+    """The batches of one root, read with one set of settings, after which they are named."""
 
-    def __init__(self, store: Store, settings: Any, cfg: Ingest):
-        self.store, self.cfg = store, cfg
-        self.folder = f"records/{digest(settings)}"
+    def __init__(self, store: Store, name: str, cfg: Ingest):
+        self.store, self.name, self.cfg = store, name, cfg
+        self.folder = f"records/{name}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.store, self.folder, self.cfg)
+    def __reduce__(self) -> tuple[Any, ...]:  # without what was listed and read
+        return Ledger, (self.store, self.name, self.cfg)
 
     @cached_property
     def batches(self) -> list[Batch]:
         """All that exist, in the order of reading."""
-        found = [path for path in self._paths if path.endswith(".json")]
-        return sorted((Batch(**json.loads(self._text(path))) for path in found), key=lambda batch: batch.number)
+        names = [path.removeprefix(self.store.at("")) for path in self._paths if path.endswith(".json")]
+        return sorted((Batch(**self.store.read_json(name)) for name in names), key=lambda batch: batch.number)
 
     @cached_property
     def _paths(self) -> list[str]:
@@ -127,28 +127,25 @@ class Ledger:
         length, margin = self.cfg.period_days * logs.DAY_MS, max(self.cfg.late_s, self.cfg.page_gap_s) * logs.MS
         first, last = cell.period * length - margin, (cell.period + 1) * length + margin
         found = [logs.RECORD.empty_table()]
-        for batch in self.batches:
-            if [cell.part, cell.period] in batch.reaches:
-                periods = range(cell.period - 1, cell.period + 2)
-                for period in periods:
-                    for path in self._starting(batch.name, f"records-{cell.part:05d}-{period}-"):
-                        rows = self._current(batch, self._read(path))
-                        found.append(rows if period == cell.period else _between(rows, first, last))
+        reaching = [batch for batch in self.batches if [cell.part, cell.period] in batch.reaches]
+        for batch, period in product(reaching, range(cell.period - 1, cell.period + 2)):
+            for path in self._starting(batch.name, f"records-{cell.part:05d}-{period}-"):
+                rows = self._current(batch, self.store.read_arrow(path))
+                found.append(rows if period == cell.period else _between(rows, first, last))
         return pa.concat_tables(found)
 
     def rejects(self, batch: Batch) -> pa.Table:
         """Lines of a batch that could not be read."""
-        read = map(self._read, self._starting(batch.name, "rejects-"))
+        read = map(self.store.read_arrow, self._starting(batch.name, "rejects-"))
         found = pa.concat_tables([tables.SCHEMAS["rejects"].empty_table(), *read])
         return self._current(batch, found)
 
     def counts(self) -> dict[str, int]:
         """What was counted while reading, over all files that still count."""
-        found: dict[str, int] = {}
+        found: Counter[str] = Counter()
         for path, (_, batch) in self.latest().items():
-            for name, value in batch.counts[path].items():
-                found[name] = found.get(name, 0) + value
-        return found
+            found.update(batch.counts[path])
+        return dict(found)
 
     def lines_of(self, clients: list[str]) -> int:
         """How many records there are of clients."""
@@ -159,7 +156,7 @@ class Ledger:
         removed = 0
         for path, rows, kept in self._without(clients):
             if kept.num_rows < rows.num_rows:
-                self.store.put(partial(_write, kept), path.removeprefix(self.store.at("")))
+                self.store.put_arrow(kept, path.removeprefix(self.store.at("")))
                 removed += rows.num_rows - kept.num_rows
         return removed
 
@@ -169,10 +166,10 @@ class Ledger:
         for path in self._paths:
             kind, *numbers = path.rsplit("/", 1)[1].split("-")
             if kind == "rejects":
-                rows = self._read(path)
+                rows = self.store.read_arrow(path)
                 yield path, rows, without_words(rows, clients)
             elif kind == "records" and int(numbers[0]) in parts:
-                rows = self._read(path)
+                rows = self.store.read_arrow(path)
                 yield path, rows, rows.filter(pc.invert(pc.is_in(rows["client"], pa.array(clients))))
 
     def _current(self, batch: Batch, rows: pa.Table) -> pa.Table:
@@ -184,29 +181,10 @@ class Ledger:
         start = self.store.at(self.folder, batch, name)
         return [path for path in self._paths if path.startswith(start)]
 
-    def _read(self, path: str) -> pa.Table:
-        with self.store.fs.open_input_file(path) as file:
-            return pa.ipc.open_file(file).read_all()
-
-    def _text(self, path: str) -> bytes:
-        with self.store.fs.open_input_stream(path) as file:
-            return bytes(file.read())
-
-
-def _write(rows: pa.Table, out: IO[bytes]) -> None:
-    with pa.ipc.new_file(out, rows.schema, options=COMPRESSED) as writer:
-        writer.write_table(rows)
-
 
 def _between(rows: pa.Table, first_ms: int, last_ms: int) -> pa.Table:
     ms = rows["time"].cast(pa.int64())
     return rows.filter(pc.and_(pc.greater_equal(ms, first_ms), pc.less(ms, last_ms)))
-
-
-def _again(store: Store, folder: str, cfg: Ingest) -> Ledger:
-    made = Ledger(store, None, cfg)
-    made.folder = folder
-    return made
 
 
 class Writer:
@@ -253,9 +231,9 @@ class Writer:
         part = rows["client"].replace_strict(clients, parts, return_dtype=pl.Int32)
         margin = max(self.cfg.late_s, self.cfg.page_gap_s)
         for by in (-margin, 0, margin):
-            near = pl.DataFrame({"part": part, "period": logs.periods(rows["time"], self.cfg.period_days, by)})
+            near = rows.select(part=part, period=logs.period(self.cfg, by))
             self.reaches |= set(near.unique().iter_rows())
-        placed = rows.with_columns(part=part, period=logs.periods(rows["time"], self.cfg.period_days))
+        placed = rows.with_columns(part=part, period=logs.period(self.cfg))
         cells = placed.partition_by("part", "period", as_dict=True, include_key=False)
         for (number, period), inside in cells.items():
             self._write(f"records-{number:05d}-{period}", logs.table(inside.to_arrow()))
@@ -269,7 +247,7 @@ class Writer:
             path = self.store.at(self.folder, f"{start}-{self.number:05d}-{self.times_full}.arrow")
             self.store.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
             out = self.files.enter_context(self.store.fs.open_output_stream(path))
-            self.writers[start] = self.files.enter_context(pa.ipc.new_file(out, rows.schema, options=COMPRESSED))
+            self.writers[start] = self.files.enter_context(pa.ipc.new_file(out, rows.schema, options=ARROW))
         self.writers[start].write_table(rows)
 
 
@@ -297,11 +275,9 @@ def remember_to_forget(store: Store, clients: list[str]) -> None:
 
 
 def _memory(store: Store) -> dict[str, Any]:
-    if store.fs.get_file_info(store.at(FORGOTTEN)).type == fs.FileType.NotFound:
-        return {"at": None, "clients": {}}
-    with store.fs.open_input_stream(store.at(FORGOTTEN)) as file:
-        found: dict[str, Any] = json.loads(file.read())
-        return found
+    with suppress(FileNotFoundError):
+        return store.read_json(FORGOTTEN)
+    return {"at": None, "clients": {}}
 
 
 def without_words(rejects: pa.Table, words: list[str]) -> pa.Table:

@@ -6,6 +6,7 @@ table; it is plain, gzip or zstd by its name. Whatever it is, one entry comes ou
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import ijson
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from disranker import store
 from disranker.recipe import Refused
 
+COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")  # what pyarrow knows by the name
 CHUNK_BYTES = 16 << 20  # of a file that are in memory at a time
 ROWS = 20_000  # of an array or a parquet file, the same
 ACTIONS = frozenset({"index", "create"})  # of an OpenSearch bulk request
@@ -24,8 +26,29 @@ Block = tuple[list[int], list[bytes]]  # numbers from 1, lines without their end
 
 def blocks(file: str) -> Iterator[Block]:
     """The entries of a file, in order. Raises `Refused` where it cannot be read to its end."""
-    try:
+    with to_the_end(file):
         yield from _parquet(file) if store.locate(file)[1].endswith(".parquet") else _text(file)
+
+
+def written(file: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text file that are not blank, with their number. Raises as the file system does."""
+    for numbers, block in physical(file):
+        yield from ((number, line) for number, line in zip(numbers, block, strict=True) if line.strip())
+
+
+def bare(file: str) -> str:
+    """The path in small letters, without the endings of compression."""
+    path = store.locate(file)[1].casefold()
+    for ending in COMPRESSED:
+        path = path.removesuffix(ending)
+    return path
+
+
+@contextmanager
+def to_the_end(file: str) -> Iterator[None]:
+    """Raises `Refused` where a file cannot be read to its end."""
+    try:
+        yield
     except (OSError, EOFError, pa.ArrowException, ijson.JSONError, UnicodeError) as error:
         raise Refused(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error
 

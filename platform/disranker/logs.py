@@ -14,12 +14,13 @@ import polars as pl
 import pyarrow as pa
 
 from disranker import tables
-from disranker.cleaning import normalise
 from disranker.inputs import Ingest
 
 RAW_CHARACTERS = 500  # of a refused line that are kept
 MS = 1000
 DAY_MS = 24 * 60 * 60 * MS
+LONGEST_DWELL_S = 1e9  # what is longer, or infinite, was not measured
+LAST_POSITION = 1_000_000
 
 RECORD = pa.schema(
     [
@@ -54,14 +55,6 @@ EMPTY = "no query_response_hit_ids, and no impression"
 
 class Broken(ValueError):
     """Why one line is refused."""
-
-
-def searched(typed: str) -> str:
-    """A query as the tables hold it. Raises `Broken` for one without a sign."""
-    query = normalise(typed)
-    if not query:
-        raise Broken("user_query is blank")
-    return query
 
 
 def parsed(line: bytes) -> Any:
@@ -101,17 +94,16 @@ def table(rows: list[dict[str, Any]] | pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RECORD) if isinstance(rows, list) else rows.cast(RECORD)
 
 
-def periods(times: pl.Series, period_days: int, margin_s: float = 0) -> np.ndarray:
-    """The period, counted from 1970, that each time (plus a margin) falls into."""
-    ms = times.cast(pl.Int64).to_numpy() + round(margin_s * MS)
-    return np.asarray(np.floor_divide(ms, period_days * DAY_MS), np.int64)
+def period(cfg: Ingest, margin_s: float = 0) -> pl.Expr:
+    """The period, counted from 1970, that `time` (plus a margin) falls into."""
+    return (pl.col("time").cast(pl.Int64) + round(margin_s * MS)).floordiv(cfg.period_days * DAY_MS)
 
 
-def join(part: pa.Table, cfg: Ingest, period: int | None = None) -> tuple[pa.Table, pa.Table, dict[str, int]]:
+def join(part: pa.Table, cfg: Ingest, only: int | None = None) -> tuple[pa.Table, pa.Table, dict[str, int]]:
     """Records of one cell -> (searches, rejects, counts): each result page once, with what was done on it.
 
-    `part` also holds what lies up to `cfg.late_s` before and after the period; only what falls into the period comes
-    out. Without a period, all does.
+    `part` also holds what lies up to `cfg.late_s` before and after the period `only`; what falls into that comes out.
+    Without a period, all does.
     """
     rows = pl.DataFrame(pl.from_arrow(part)).sort(ORDER, nulls_last=True)
     rows = _with_pages_named(rows, cfg)
@@ -127,7 +119,7 @@ def join(part: pa.Table, cfg: Ingest, period: int | None = None) -> tuple[pa.Tab
     searches, used, empty = _searches(pages, hits, done)
     unseen = done.join(used, on=["query_id", "doc_id"], how="anti").with_columns(reason=pl.lit(UNSEEN))
     refused = [once.filter(pl.col("reason").is_not_null()), unseen, empty.with_columns(reason=pl.lit(EMPTY))]
-    own = _within(period, cfg)
+    own = pl.lit(True) if only is None else period(cfg) == only
     counted = done.join(used, on=["query_id", "doc_id"], how="semi").filter(own)
     counts = {
         "searches": searches.filter(own).height,
@@ -143,20 +135,10 @@ def join(part: pa.Table, cfg: Ingest, period: int | None = None) -> tuple[pa.Tab
     return table, tables.conform("rejects", rejects.to_arrow()), {name: int(n) for name, n in counts.items()}
 
 
-def _within(period: int | None, cfg: Ingest) -> pl.Expr:
-    if period is None:
-        return pl.lit(True)
-    length = cfg.period_days * DAY_MS
-    return pl.col("time").cast(pl.Int64).floordiv(length) == period
-
-
 def _said() -> pl.Expr:
     """What stands for the line of a record that was whole, without the words of its query."""
-    return pl.format("{} of query_id {}, document {}", "kind", pl.col("query_id").fill_null("?"), _or_none("doc_id"))
-
-
-def _or_none(name: str) -> pl.Expr:
-    return pl.col(name).fill_null("none")
+    page, document = pl.col("query_id").fill_null("?"), pl.col("doc_id").fill_null("none")
+    return pl.format("{} of query_id {}, document {}", "kind", page, document)
 
 
 def _with_pages_named(rows: pl.DataFrame, cfg: Ingest) -> pl.DataFrame:
@@ -167,8 +149,8 @@ def _with_pages_named(rows: pl.DataFrame, cfg: Ingest) -> pl.DataFrame:
     who = ["client", "query"]
     found = rows.filter(nameless).sort(*who, "time")
     # A page ends at the border of its period, so that each period can be joined alone.
-    border = pl.col("time").cast(pl.Int64).floordiv(cfg.period_days * DAY_MS)
-    begins = (pl.col("time").diff().over(who) > pl.duration(seconds=cfg.page_gap_s)) | (border.diff().over(who) > 0)
+    late = pl.col("time").diff().over(who) > pl.duration(seconds=cfg.page_gap_s)
+    begins = late | (period(cfg).diff().over(who) > 0)
     numbered = found.with_columns(page=begins.fill_null(True).cum_sum().over(who))
     first = pl.col("time").first().over(*who, "page").cast(pl.Int64)
     named = numbered.with_columns(query_id=pl.format("{} {} {}", "client", first, "query")).drop("page")

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,12 +77,7 @@ def _plane(axes: "Axes", across: str, up: str) -> None:
     axes.set_ylabel(up, color=GREY)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e6e9ee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#c9ced6")
+    _quiet(axes, "y")
 
 
 def _points(axes: "Axes", names: Sequence[str], found: Sequence[Interval], colours: Sequence[str], label: str) -> None:
@@ -99,7 +94,12 @@ def _rows(axes: "Axes", names: Sequence[str], label: str) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label, color=GREY)
-    axes.grid(axis="x", color="#e6e9ee", linewidth=0.8)
+    _quiet(axes, "x")
+
+
+def _quiet(axes: "Axes", across: Literal["x", "y"]) -> None:
+    """Grid lines across one axis alone, and no frame but the floor."""
+    axes.grid(axis=across, color="#e6e9ee", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     for side in ("top", "right", "left"):

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
-from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -117,16 +116,6 @@ def examples(
     ]
 
 
-def trec_run(run: Run, name: str) -> str:
-    """A TREC run file. Ids are percent-encoded where white space would split them; `urllib.parse.unquote` undoes it."""
-    lines = [
-        f"{_token(query)} Q0 {_token(document)} {rank} {float(run[query][document])!r} {_token(name)}"
-        for query in sorted(run)
-        for rank, document in enumerate(metrics.ranking(run[query]), 1)
-    ]
-    return "".join(f"{line}\n" for line in lines)
-
-
 def html(report: Report, *, title: str, facts: Mapping[str, str], examples: list[dict[str, Any]]) -> str:
     """The report as one page that fetches nothing. `examples` as `examples()` makes them."""
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -202,10 +191,6 @@ def _difference(pair: Mapping[str, Any]) -> str:
 
 def _number(value: float | None, form: str = ".3f") -> str:
     return NONE if value is None else format(value, form).replace("-", MINUS)
-
-
-def _token(text: str) -> str:
-    return "".join(quote(sign) if sign.isspace() or sign == "%" else sign for sign in text)
 
 
 def _pair(report: Report, a: str, b: str) -> dict[str, Any]:

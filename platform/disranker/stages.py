@@ -83,6 +83,14 @@ def steps(recipe: Recipe) -> list[Step]:
     return found
 
 
+def step(recipe: Recipe, name: str) -> Step:
+    """One of `steps`. Raises `Refused` where this recipe does not have it."""
+    found = {step.stage.name: step for step in steps(recipe)}
+    if name not in found:
+        raise Refused(f"this recipe has no stage {name}; it has {', '.join(found)}")
+    return found[name]
+
+
 def why(step: Step, at: store.Store) -> str | None:
     """Why a step has to run, or None if what it makes stands."""
     for artefact in step.stage.writes:

@@ -86,9 +86,7 @@ class Store:
 
     def manifest(self, name: str) -> dict[str, Any]:
         """Raises `FileNotFoundError` where the artefact is not finished."""
-        with self.fs.open_input_stream(self.at(name, MANIFEST)) as file:
-            found: dict[str, Any] = json.loads(file.read())
-            return found
+        return self.read_json(name, MANIFEST)
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """The manifest, or None."""
@@ -129,6 +127,12 @@ class Store:
         selector = fs.FileSelector(self.at(name), recursive=True, allow_not_found=True)
         return [info for info in self.fs.get_file_info(selector) if info.type == fs.FileType.File]
 
+    def remove(self, name: str, unwanted: Callable[[str], bool]) -> None:
+        """Removes files of an artefact by their name."""
+        for info in self.files(name):
+            if unwanted(info.base_name):
+                self.fs.delete_file(info.path)
+
     # Files and folders
 
     def put_table(self, rows: pa.Table, *names: str) -> None:
@@ -142,6 +146,12 @@ class Store:
     def read_arrow(self, path: str) -> pa.Table:
         with self.fs.open_input_file(path) as file:
             return pa.ipc.open_file(file).read_all()
+
+    def read_json(self, *names: str) -> dict[str, Any]:
+        """Raises `FileNotFoundError` where there is none."""
+        with self.fs.open_input_stream(self.at(*names)) as file:
+            found: dict[str, Any] = json.loads(file.read())
+            return found
 
     def put_text(self, text: str, *names: str) -> None:
         self._put(self.at(*names), lambda out: out.write(text.encode()))

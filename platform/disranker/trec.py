@@ -1,13 +1,15 @@
-"""What TREC and BEIR keep beside a qrels file: the texts of queries that it names by id, and runs."""
+"""What TREC and BEIR keep beside a qrels file: the texts of queries that it names by id, and runs, read and written."""
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from urllib.parse import quote
 
-from disranker import formats, logs, store
+from disranker import lines, logs, metrics, store
 from disranker.cleaning import normalise
 from disranker.recipe import Refused
 
+BOM = "\ufeff"
 RUN = "query id, Q0, document id, rank, score, name"
 
 
@@ -56,11 +58,23 @@ def run(file: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def field(text: str) -> str:
+    """The text without what would split it, the same in every file; `urllib.parse.unquote` undoes it."""
+    return "".join(quote(sign) if sign.isspace() or sign in ("%", BOM) else sign for sign in text)
+
+
+def run_lines(
+    run: Mapping[str, Mapping[str, float]], name: str, written: Callable[[str], str] = field
+) -> Iterator[str]:
+    """A run as a file has it, best first; `written` says how the id of a document stands there."""
+    for query in sorted(run):
+        for rank, document in enumerate(metrics.ranking(run[query]), 1):
+            yield f"{field(query)} Q0 {written(document)} {rank} {float(run[query][document])!r} {field(name)}"
+
+
 def _lines(file: str) -> Iterator[tuple[int, bytes]]:
-    try:
-        yield from formats.lines(file)
-    except (OSError, EOFError) as error:
-        raise Refused(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error
+    with lines.to_the_end(file):
+        yield from lines.written(file)
 
 
 def _topic(line: bytes, where: str) -> tuple[str, str]:

@@ -13,13 +13,11 @@ import pyarrow.json
 
 from disranker import logs
 from disranker.cleaning import normalise
-from disranker.logs import Broken
+from disranker.logs import LAST_POSITION, LONGEST_DWELL_S, Broken
 
 CLICKS = frozenset({"click", "item_click", "product_click", "result_click"})
 CONVERSIONS = frozenset({"add_to_cart", "purchase"})
 SHOWN = frozenset({"impression"})
-LONGEST_DWELL_S = 1e9  # what is longer, or infinite, was not measured
-LAST_POSITION = 1_000_000
 # Nested brackets, `_source`, and halves of characters are left to Python.
 UNSURE = (b"[[[[", b"\\ud", b"\\uD", b'"_source"')
 LONG = 800  # a shorter line without the first of these cannot be nested 300 deep
@@ -51,7 +49,7 @@ _LATEST_MS = 4_000_000_000_000
 
 
 def table(numbers: list[int], lines: list[bytes], file: str, kind: Kind) -> pa.Table:
-    """The lines of a block as `logs.RECORD`, in order."""
+    """The lines of a block as `logs.RECORD`: first those that could be read together, then the others."""
     plain = pl.concat(
         [pl.DataFrame(schema={"row": pl.UInt32(), **logs.FRAME}), *_plain(lines, 0, kind)], how="diagonal"
     )
@@ -93,13 +91,20 @@ def _query(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "query",
         "query_id": _text(entry, "query_id"),
-        "query": logs.searched(_text(entry, "user_query")),
+        "query": _searched(_text(entry, "user_query")),
         "client": _text(entry, "client_id"),
         "time": logs.moment(entry.get("timestamp")),
         "start": start,
         "hits": _hits(entry.get("query_response_hit_ids")),
         "shuffled": attributes.get("shuffled") is True,
     }
+
+
+def _searched(typed: str) -> str:
+    query = normalise(typed)
+    if not query:
+        raise Broken("user_query is blank")
+    return query
 
 
 def _hits(listed: Any) -> list[str] | None:
