@@ -1,10 +1,15 @@
 """One JSON line for each claim: what was measured, against what, and the bar it is held to."""
 
+import argparse
 import json
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from bench import runs
 
 SMALLER_IS_BETTER = {"s", "MiB"}
 LEAST = 1e-3  # a measured 0 counts as this much, so that every ratio is a number
@@ -39,3 +44,37 @@ def emit(line: Line, out: str | Path | None = None) -> None:
 def shown(number: float) -> float:
     """Four digits that matter."""
     return float(f"{number:.4g}")
+
+
+def command(
+    plan: Any,
+    measurements: Mapping[str, Callable[[Any], Iterator[Line]]],
+    small: Mapping[str, Any],
+    given: Sequence[str] | None,
+    about: str,
+    asked_for: Sequence[str] = (),
+) -> int:
+    """The command line of measurements by name. What `asked_for` names is not done unless chosen.
+
+    The numbers of `plan`, a dataclass with a `folder`, are options; `small` is laid over it.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="everything tiny: that it runs, not how fast")
+    parser.add_argument("--only", help=f"of {','.join(measurements)}; default all but {','.join(asked_for) or 'none'}")
+    parser.add_argument("--out", type=Path, help="a file to add the lines to")
+    parser.add_argument("--folder", type=Path, help="where what is made up stays; default: nowhere")
+    numbers = [field.name for field in fields(plan) if isinstance(field.default, int)]
+    for name in numbers:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(plan, name):,}")
+    told = parser.parse_args(given)
+    chosen = told.only.split(",") if told.only else [name for name in measurements if name not in asked_for]
+    if unknown := set(chosen) - set(measurements):
+        parser.error(f"no claim {', '.join(sorted(unknown))}; there are {', '.join(measurements)}")
+    runs.end_on_sigterm()
+    own = {name: value for name in numbers if (value := getattr(told, name)) is not None}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        made = plan(**({"folder": told.folder or Path(folder)} | (dict(small) if told.small else {}) | own))
+        for name in chosen:
+            for line in measurements[name](made):
+                emit(line, told.out)
+    return 0

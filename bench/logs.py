@@ -4,15 +4,14 @@ Ours is always the real command, with a Ray of its own, whose start is not count
 the machine has cores, and runs by turns with it.
 """
 
-import argparse
 import contextlib
 import functools
 import os
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,29 +88,16 @@ class Log:
 
     def run(self, stage: str, artefact: str) -> dict[str, Any]:
         """The manifest of one run of a stage from nothing, with `largest_mib`."""
-        root = self.folder / "run"
         for name in {"ingest": ("records", "searches", "documents"), "aggregate": ("evidence",)}[stage]:
-            _remove(root / name)
-        process = runs.job(self.recipe, self.folder / "log", stage=stage)
-        try:
-            with Largest(process.pid) as largest:
-                status = process.wait()
-        finally:
-            runs.end(process)
-        if status:
-            raise runs.Broken(f"jobs.{stage} ended with {status}; see {self.folder / 'log'}")
-        manifest: dict[str, Any] = yaml.safe_load((root / artefact / "manifest.json").read_text())
+            shutil.rmtree(self.folder / "run" / name, ignore_errors=True)
+        with Largest(os.getpid()) as largest:
+            manifest = runs.done(self.recipe, self.folder / "log", stage=stage, artefact=artefact)
         return manifest | {"largest_mib": largest.mib}
 
     def ingested(self) -> None:
         """Makes sure that there are searches."""
         if not (self.folder / "run" / "searches" / "manifest.json").exists():
             self.run("ingest", "searches")
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def ingest(plan: Plan) -> Iterator[Line]:
@@ -188,26 +174,7 @@ SMALL = {"searches": 2_000, "queries": 100, "documents": 300, "runs": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.logs", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a log of 2,000 searches: that it runs, not how fast")
-    parser.add_argument("--only", help=f"of {','.join(CLAIMS)}; default all")
-    parser.add_argument("--out", type=Path, help="a file to add the lines to")
-    parser.add_argument("--folder", type=Path, help="where the logs are made and kept; default: nowhere")
-    numbers = [field.name for field in fields(Plan) if isinstance(field.default, int)]
-    for name in numbers:
-        parser.add_argument(f"--{name}", type=int, help=f"default {getattr(Plan, name):,}")
-    given = parser.parse_args(argv)
-    chosen = given.only.split(",") if given.only else list(CLAIMS)
-    if unknown := set(chosen) - set(CLAIMS):
-        parser.error(f"no claim {', '.join(sorted(unknown))}; there are {', '.join(CLAIMS)}")
-    runs.end_on_sigterm()
-    own = {name: value for name in numbers if (value := getattr(given, name)) is not None}
-    with tempfile.TemporaryDirectory(prefix="bench-logs-") as folder:
-        plan = Plan(**({"folder": given.folder or Path(folder)} | (SMALL if given.small else {}) | own))
-        for name in chosen:
-            for line in CLAIMS[name](plan):
-                claims.emit(line, given.out)
-    return 0
+    return claims.command(Plan, CLAIMS, SMALL, argv, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
 Every measurement has a process of its own, one at a time. Ours is always the real command, with a Ray of its own.
 """
 
-import argparse
 import functools
 import os
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,25 +205,7 @@ def _hits(said: dict[str, Any]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.score", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a tiny teacher and few pairs: that it runs, not how fast")
-    parser.add_argument("--only", help=f"of {','.join(CLAIMS)}; default all but {','.join(ASKED_FOR)}")
-    parser.add_argument("--out", type=Path, help="a file to add the lines to")
-    numbers = [field.name for field in fields(Plan) if isinstance(field.default, int)]
-    for name in numbers:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(Plan, name):,}")
-    given = parser.parse_args(argv)
-    chosen = given.only.split(",") if given.only else [name for name in CLAIMS if name not in ASKED_FOR]
-    if unknown := set(chosen) - set(CLAIMS):
-        parser.error(f"no claim {', '.join(sorted(unknown))}; there are {', '.join(CLAIMS)}")
-    runs.end_on_sigterm()
-    own = {name: value for name in numbers if (value := getattr(given, name)) is not None}
-    with tempfile.TemporaryDirectory(prefix="bench-score-") as folder:
-        plan = Plan(**({"folder": Path(folder)} | (SMALL if given.small else {}) | own))
-        for name in chosen:
-            for line in CLAIMS[name](plan):
-                claims.emit(line, given.out)
-    return 0
+    return claims.command(Plan, CLAIMS, SMALL, argv, __doc__ or "", ASKED_FOR)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,6 @@ def _ready(cluster: Cluster, log: Path) -> Cluster:
 def _end(head: subprocess.Popen) -> None:
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=5)
     for process in alive:
         process.kill()

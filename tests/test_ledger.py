@@ -299,11 +299,10 @@ def test_a_forgotten_client_is_in_no_record_search_or_reject_and_no_log_brings_i
     write(tmp_path, "e", [events])
     cfg = given_recipe(tmp_path)
     before = ingested(cfg)
-    store, step = Store(cfg.root), stages.Step(stages.STAGES[1], "f", {}, {"ingest": {}}, [])
-    at = Ledger(store, "name", cfg.ingest)
-    at.folder = "records/" + next((tmp_path / "run" / "records").iterdir()).name
+    store = Store(cfg.root)
+    at = Ledger(store, next((tmp_path / "run" / "records").iterdir()).name, cfg.ingest)
     lines = at.lines_of(["c3"])
-    assert lines > 3 and at.lines_of(["nobody"]) == 0 and step
+    assert lines > 3 and at.lines_of(["nobody"]) == 0
     ledger.remember_to_forget(store, ["c3"])
     assert at.forget(["c3"]) == lines and at.lines_of(["c3"]) == 0
     after = ingested(cfg)

@@ -46,29 +46,20 @@ def counts(searches: pa.Table, satisfied_dwell_s: float) -> pa.Table:
     the last of its page.
     """
     page, hits = _flat(searches)
-    position, dwell = hits["position"], hits["dwell_s"]
-    placed, timed = (column.is_valid().to_numpy() for column in (position, dwell))
-    place = pc.fill_null(position, 0).to_numpy().astype(np.int64)
-    seconds = pc.fill_null(dwell, 0).to_numpy().astype(np.float64)
-    clicked = pc.fill_null(hits["clicked"], False).to_numpy()
-    last = _last_click(page, np.where(clicked & placed)[0], place, searches.num_rows)
-    examined = clicked | (placed & (place <= last))
-    satisfied = clicked & np.where(timed, seconds >= satisfied_dwell_s, placed & (place == last))
-
     query = Names.of(searches["query"])
-    key = _Key.of([Names(query.codes[page], query.names), Names.of(hits["doc_id"]), Names.of(position)])
-    # Each of these holds the next, so that one number says all, and a sort of numbers alone is the fastest.
-    kind = examined.astype(np.int64) + clicked + satisfied
-    rows = np.sort(key.codes * 4 + kind)
+    key = _Key.of([Names(query.codes[page], query.names), Names.of(hits["doc_id"]), Names.of(hits["position"])])
+    # What was done is part of the number that is sorted: a sort of numbers alone is the fastest way to count.
+    rows = np.sort(key.codes * 4 + _done(page, hits, searches.num_rows, satisfied_dwell_s))
     start = _starts(rows >> 2)
-    codes, kinds = rows[start] >> 2, rows & 3
-    looked = np.flatnonzero(timed)[np.argsort(key.codes[timed])]  # in order, they are found fast
-    of_timed = np.searchsorted(codes, key.codes[looked])
+    codes, done = rows[start] >> 2, rows & 3
+    timed = hits["dwell_s"].is_valid().to_numpy()
+    stayed = np.flatnonzero(timed)[np.argsort(key.codes[timed])]  # in order, they are found fast
+    of_stayed = np.searchsorted(codes, key.codes[stayed])
     sums = {
         "impressions": np.diff(start, append=len(rows)),
-        **{name: _reduced(kinds >= least, start) for least, name in enumerate(("examined", "clicks", "satisfied"), 1)},
-        "dwell_sum_s": np.bincount(of_timed, seconds[looked], len(codes)),
-        "dwells": np.bincount(of_timed, minlength=len(codes)),
+        **{name: _reduced(done >= least, start) for least, name in enumerate(("examined", "clicks", "satisfied"), 1)},
+        "dwell_sum_s": np.bincount(of_stayed, hits["dwell_s"].to_numpy()[stayed], len(codes)),
+        "dwells": np.bincount(of_stayed, minlength=len(codes)),
     }
     return _table(key, codes, PLACE, {name: sums[name] for name in COUNTED}).cast(TABLE)
 
@@ -227,6 +218,19 @@ def _flat(searches: pa.Table) -> tuple[Codes, pa.Table]:
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     hits = pa.Table.from_struct_array(lists.flatten())
     return np.repeat(np.arange(len(lengths)), lengths), hits
+
+
+def _done(page: Codes, hits: pa.Table, pages: int, satisfied_dwell_s: float) -> Codes:
+    """0 for a hit that was passed over, 1 examined, 2 clicked too, 3 to satisfaction: each holds the one before."""
+    position, dwell = hits["position"], hits["dwell_s"]
+    placed, timed = (column.is_valid().to_numpy() for column in (position, dwell))
+    place = pc.fill_null(position, 0).to_numpy().astype(np.int64)
+    clicked = pc.fill_null(hits["clicked"], False).to_numpy()
+    last = _last_click(page, np.flatnonzero(clicked & placed), place, pages)
+    examined = clicked | (placed & (place <= last))
+    stayed = pc.fill_null(dwell, 0).to_numpy().astype(np.float64) >= satisfied_dwell_s
+    satisfied = clicked & np.where(timed, stayed, placed & (place == last))
+    return np.asarray(examined.astype(np.int64) + clicked + satisfied)
 
 
 def _last_click(page: Codes, clicks: Codes, place: Codes, pages: int) -> Codes:
