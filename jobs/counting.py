@@ -97,13 +97,13 @@ def _bots(files: list[str], store: Store, cfg: Cleaning) -> pl.DataFrame:
 
 
 def _tables(store: Store, files: list[str], columns: list[str]) -> Iterator[pa.Table]:
-    """One table of searches after the other, the first without rows: a part may have no file."""
+    """Searches of whole clients in a period, group by group; the first table is empty, as a part may have no file."""
     yield tables.SCHEMAS["searches"].empty_table()
     for path in files:
         with store.fs.open_input_file(path) as file:
             parquet = pq.ParquetFile(file, read_dictionary=NAMED)
-            # One by one: Arrow reads nested codes of a single row group at a time only.
-            yield pa.concat_tables(parquet.read_row_group(at, columns) for at in range(parquet.num_row_groups))
+            for group in range(parquet.num_row_groups):
+                yield parquet.read_row_group(group, columns)
 
 
 def _asked(searches: pa.Table) -> pl.DataFrame:

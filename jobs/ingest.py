@@ -9,13 +9,14 @@ import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from disranker import cleaning, flat, ledger, lines, logs, stages, ubi
+from disranker import cleaning, flat, ledger, lines, logs, stages, tables, ubi
 from disranker import recipe as recipes
 from disranker import store as stores
 from disranker.inputs import Columns, Ingest
@@ -117,11 +118,7 @@ def _join(at: Ledger, store: Store) -> int:
     stale = sorted(set(wanted) - there)
 
     def one(number: int) -> dict[str, int]:
-        cell = wanted[stale[number]]
-        searches, rejects, counts = logs.join(at.records(cell), at.cfg, cell.period)
-        store.put_text(json.dumps(counts), "searches", f"{stale[number]}.json")
-        store.put_table(rejects, "rejects", f"{stale[number]}.parquet")
-        store.put_table(searches, "searches", f"{stale[number]}.parquet")  # last: its presence says that all is there
+        _join_cell(stale[number], wanted[stale[number]], at, store)
         return {}
 
     if stale:
@@ -133,6 +130,24 @@ def _join(at: Ledger, store: Store) -> int:
     store.remove("searches", lambda name: name.rsplit(".", 1)[0] not in kept)
     store.remove("rejects", lambda name: name.rsplit(".", 1)[0] not in kept and not catalogue.of(name))
     return len(stale)
+
+
+def _join_cell(name: str, cell: Cell, at: Ledger, store: Store) -> None:
+    counts: Counter[str] = Counter()
+    refused = []
+
+    def write(out: IO[bytes]) -> None:
+        with pq.ParquetWriter(out, tables.SCHEMAS["searches"]) as file:
+            for records in at.slices(cell):
+                searches, rejects, counted = logs.join(records, at.cfg, cell.period)
+                file.write_table(searches, row_group_size=max(1, searches.num_rows))  # whole clients, for `aggregate`
+                counts.update(counted)
+                refused.append(rejects)
+        # Before the searches are there, whose presence says that all is.
+        store.put_text(json.dumps(counts), "searches", f"{name}.json")
+        store.put_table(pa.concat_tables(refused), "rejects", f"{name}.parquet")
+
+    store.put(write, "searches", f"{name}.parquet")
 
 
 def _name(cell: Cell, made_of: str) -> str:

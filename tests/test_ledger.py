@@ -5,6 +5,7 @@ import random
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,6 +127,23 @@ def test_any_split_into_files_in_any_order_at_once_or_bit_by_bit_gives_the_same_
     found = ingested(cfg)
     assert tables(found) == whole
     assert found["counts"]["files_read"] == (2 * files if at_once else 0)
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_few_clients_at_a_time_give_the_same_tables_in_groups_of_whole_clients(tmp_path, monkeypatch, whole, most):
+    monkeypatch.setattr(ledger, "MOST_RECORDS", most)
+    searches, events = log()
+    write(tmp_path, "q", [searches])
+    write(tmp_path, "e", [events])
+    cfg = given_recipe(tmp_path)
+    assert tables(ingested(cfg)) == whole
+    groups, paths = 0, list((tmp_path / "run" / "searches").glob("*.parquet"))
+    for path in paths:
+        file = pq.ParquetFile(path)
+        clients = [set(file.read_row_group(at)["client"].to_pylist()) for at in range(file.num_row_groups)]
+        assert sum(map(len, clients)) == len(set().union(*clients))
+        groups += len(clients)
+    assert groups > len(paths)
 
 
 def test_only_new_files_are_read_and_only_what_they_reach_is_joined(tmp_path):
@@ -336,5 +354,8 @@ def test_times_that_jump_about_do_not_open_a_file_for_each_period_at_once(tmp_pa
         assert len(writer.writers) <= 3
     said = writer.close()
     at.commit("b", [["f", 1, 1]], [said])
-    found = {day: sum(at.records(Cell(part, day)).num_rows for part in range(2)) for _, day in said["reaches"]}
+    found = {
+        day: sum(rows.num_rows for part in range(2) for rows in at.slices(Cell(part, day)))
+        for _, day in said["reaches"]
+    }
     assert sorted(found.values())[-8:] == [6] * 8  # of the day, the one before and the one after

@@ -26,6 +26,7 @@ from disranker.inputs import Ingest
 from disranker.recipe import digest
 from disranker.store import ARROW, Store
 
+MOST_RECORDS = 700_000  # that are joined at a time: some 250,000 searches of ten documents, a gigabyte
 MOST_OPEN = 128  # files that one task writes at a time
 FORGOTTEN = "forgotten.json"
 
@@ -122,17 +123,33 @@ class Ledger:
         latest = self.latest()
         return {identity[0] for identity in batch.files if latest[identity[0]][1].name != batch.name}
 
-    def records(self, cell: Cell) -> pa.Table:
-        """All records that matter to a cell: of its period, and of the time around it in which an event may be late."""
+    def slices(self, cell: Cell) -> Iterator[pa.Table]:
+        """All records that matter to a cell: of its period, and of the time around it in which an event may be late.
+
+        So many clients at a time, all of each, as make about `MOST_RECORDS`.
+        """
+        count = max(1, -(-sum(rows.num_rows for rows in self._around(cell, ["file", "time"])) // MOST_RECORDS))
+        for number in range(count):
+            yield pa.concat_tables(
+                [logs.RECORD.empty_table(), *(self._slice(rows, number, count) for rows in self._around(cell))]
+            )
+
+    def _around(self, cell: Cell, columns: list[str] | None = None) -> Iterator[pa.Table]:
         length, margin = self.cfg.period_days * logs.DAY_MS, max(self.cfg.late_s, self.cfg.page_gap_s) * logs.MS
         first, last = cell.period * length - margin, (cell.period + 1) * length + margin
-        found = [logs.RECORD.empty_table()]
+        fields = [logs.RECORD.get_field_index(name) for name in columns or logs.RECORD.names]
         reaching = [batch for batch in self.batches if [cell.part, cell.period] in batch.reaches]
         for batch, period in product(reaching, range(cell.period - 1, cell.period + 2)):
             for path in self._starting(batch.name, f"records-{cell.part:05d}-{period}-"):
-                rows = self._current(batch, self.store.read_arrow(path))
-                found.append(rows if period == cell.period else _between(rows, first, last))
-        return pa.concat_tables(found)
+                rows = self._current(batch, self.store.read_arrow(path, fields))
+                yield rows if period == cell.period else _between(rows, first, last)
+
+    def _slice(self, rows: pa.Table, number: int, count: int) -> pa.Table:
+        if count == 1:
+            return rows
+        clients = rows["client"].unique()
+        mine = tables.slots(clients.to_pylist()) // self.cfg.parts % count == number  # the remainder is their part
+        return rows.filter(pc.is_in(rows["client"], clients.filter(pa.array(mine))))
 
     def rejects(self, batch: Batch) -> pa.Table:
         """Lines of a batch that could not be read."""

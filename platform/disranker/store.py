@@ -143,9 +143,10 @@ class Store:
         """One file in Arrow's own format, whole or absent: for what is soon read again, and never by column."""
         self._put(self.at(*names), partial(_write_arrow, rows))
 
-    def read_arrow(self, path: str) -> pa.Table:
+    def read_arrow(self, path: str, fields: list[int] | None = None) -> pa.Table:
+        """What `put_arrow` wrote, or some of its columns, by number."""
         with self.fs.open_input_file(path) as file:
-            return pa.ipc.open_file(file).read_all()
+            return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields)).read_all()
 
     def read_json(self, *names: str) -> dict[str, Any]:
         """Raises `FileNotFoundError` where there is none."""
