@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections import Counter
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -133,13 +134,14 @@ def _join(at: Ledger, store: Store) -> int:
 
 
 def _join_cell(name: str, cell: Cell, at: Ledger, store: Store) -> None:
+    join = partial(logs.join, cfg=at.cfg, only=cell.period)
     counts: Counter[str] = Counter()
     refused = []
 
     def write(out: IO[bytes]) -> None:
         with pq.ParquetWriter(out, tables.SCHEMAS["searches"]) as file:
-            for records in at.slices(cell):
-                searches, rejects, counted = logs.join(records, at.cfg, cell.period)
+            # By `map`, which lets go of one slice before it asks for the next.
+            for searches, rejects, counted in map(join, at.slices(cell)):
                 file.write_table(searches, row_group_size=max(1, searches.num_rows))  # whole clients, for `aggregate`
                 counts.update(counted)
                 refused.append(rejects)

@@ -26,7 +26,7 @@ from disranker.inputs import Ingest
 from disranker.recipe import digest
 from disranker.store import ARROW, Store
 
-MOST_RECORDS = 700_000  # that are joined at a time: some 250,000 searches of ten documents, a gigabyte
+MOST_RECORDS = 400_000  # that are joined at a time: some 150,000 searches of ten documents
 MOST_OPEN = 128  # files that one task writes at a time
 FORGOTTEN = "forgotten.json"
 
