@@ -1,10 +1,10 @@
 """The columns of every table, and the check that given ones are there."""
 
-import zlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from disranker.recipe import Refused
@@ -108,5 +108,5 @@ def part_of(keys: Iterable[str], parts: int) -> np.ndarray:
 
 
 def slots(keys: Iterable[str]) -> np.ndarray:
-    """A number of 32 bits for each key, of which its part is the remainder."""
-    return np.array([zlib.crc32(key.encode("utf-8", "surrogatepass")) for key in keys], np.int64)
+    """A number of 64 bits for each key, of which its part is the remainder."""
+    return np.asarray(pd.util.hash_array(np.asarray(list(keys), dtype=object)))
