@@ -47,34 +47,39 @@ def shown(number: float) -> float:
 
 
 def command(
+    name: str,
     plan: Any,
     measurements: Mapping[str, Callable[[Any], Iterator[Line]]],
     small: Mapping[str, Any],
     given: Sequence[str] | None,
     about: str,
     asked_for: Sequence[str] = (),
+    keeps: bool = False,
 ) -> int:
-    """The command line of measurements by name. What `asked_for` names is not done unless chosen.
+    """The command line of a module of measurements. What `asked_for` names is not done unless chosen.
 
-    The numbers of `plan`, a dataclass with a `folder`, are options; `small` is laid over it.
+    The numbers of `plan`, a dataclass with a `folder`, are options; `small` is laid over it. What is made up may be
+    kept for another run only where a module can go on from it.
     """
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=about.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="everything tiny: that it runs, not how fast")
     parser.add_argument("--only", help=f"of {','.join(measurements)}; default all but {','.join(asked_for) or 'none'}")
     parser.add_argument("--out", type=Path, help="a file to add the lines to")
-    parser.add_argument("--folder", type=Path, help="where what is made up stays; default: nowhere")
+    if keeps:
+        parser.add_argument("--folder", type=Path, help="where what is made up stays; default: nowhere")
     numbers = [field.name for field in fields(plan) if isinstance(field.default, int)]
-    for name in numbers:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default {getattr(plan, name):,}")
+    for number in numbers:
+        parser.add_argument(f"--{number.replace('_', '-')}", type=int, help=f"default {getattr(plan, number):,}")
     told = parser.parse_args(given)
-    chosen = told.only.split(",") if told.only else [name for name in measurements if name not in asked_for]
+    chosen = told.only.split(",") if told.only else [claim for claim in measurements if claim not in asked_for]
     if unknown := set(chosen) - set(measurements):
         parser.error(f"no claim {', '.join(sorted(unknown))}; there are {', '.join(measurements)}")
     runs.end_on_sigterm()
-    own = {name: value for name in numbers if (value := getattr(told, name)) is not None}
+    own = {number: value for number in numbers if (value := getattr(told, number)) is not None}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        made = plan(**({"folder": told.folder or Path(folder)} | (dict(small) if told.small else {}) | own))
-        for name in chosen:
-            for line in measurements[name](made):
+        place = {"folder": (keeps and told.folder) or Path(folder)}
+        made = plan(**(place | (dict(small) if told.small else {}) | own))
+        for claim in chosen:
+            for line in measurements[claim](made):
                 emit(line, told.out)
     return 0

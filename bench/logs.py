@@ -174,7 +174,7 @@ SMALL = {"searches": 2_000, "queries": 100, "documents": 300, "runs": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
-    return claims.command(Plan, CLAIMS, SMALL, argv, __doc__ or "")
+    return claims.command("bench.logs", Plan, CLAIMS, SMALL, argv, __doc__ or "", keeps=True)
 
 
 if __name__ == "__main__":

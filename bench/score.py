@@ -205,7 +205,7 @@ def _hits(said: dict[str, Any]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return claims.command(Plan, CLAIMS, SMALL, argv, __doc__ or "", ASKED_FOR)
+    return claims.command("bench.score", Plan, CLAIMS, SMALL, argv, __doc__ or "", ASKED_FOR)
 
 
 if __name__ == "__main__":

@@ -26,48 +26,42 @@ Judged = dict[int, dict[str, str]]  # by part: queries that people graded, with 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     cfg, count, scratch = recipe.aggregate, recipe.ingest.parts, Scratch(store, step)
     judged = _judged(store, recipe)
-    graded = [query for part in judged.values() for query, split in part.items() if split == "validation"]
-    settings = {
-        "store": store,
-        "scratch": scratch,
-        "recipe": recipe,
-        "share": fitting.SEARCHES / max(1, store.manifest("searches")["rows"]),
-        "always": graded,
-    }
-    said = parts.each(count, partial(counting.count, **settings), "aggregate: parts counted")
-    launch.say("aggregate: all parts counted")
-    cleaned = {rule: parts.total(one["cleaning"][rule] for one in said) for rule in said[0]["cleaning"]}
+    validation = [query for part in judged.values() for query, split in part.items() if split == "validation"]
+    share = fitting.SEARCHES / max(1, store.manifest("searches")["rows"])
+    first = partial(counting.count, store=store, scratch=scratch, recipe=recipe, share=share, always=validation)
+    said = parts.each(count, first, "aggregate: parts counted")
     asked = parts.each(count, partial(counting.queries, scratch=scratch, min_clients=recipe.cleaning.min_clients))
-    cleaned["few_clients"] = parts.total(one["few_clients"] for one in asked)
-    searches = Counter({int(searches): n for searches, n in parts.total(one["frequencies"] for one in asked).items()})
-    limits = sampling.band_limits(list(searches.elements()), cfg.head_share, cfg.torso_share)
+    launch.say("aggregate: searches counted")
 
-    grades = pl.DataFrame(pl.from_arrow(store.read("judgments", ["query", "doc_id", "grade"])))
     some = fitting.Some(count, scratch, cfg)
     models = fitting.fit(some, cfg)
     launch.say("aggregate: click models fitted")
-    rows = fitting.compared(models, some, grades.filter(pl.col("query").is_in(graded)), recipe)
+    rows = fitting.compared(models, some, _grades(store, validation), recipe)
     launch.say("aggregate: click models compared")
     name, why = click_choice.choose(rows)
     if cfg.click_model != "auto":
         name, why = cfg.click_model, "the recipe asks for it"
-    chosen, only = models[name], not fitting.unclicked(some.totals)
+    parts.each(count, partial(counting.pair, scratch=scratch, fitted=models[name], count=count))
+    launch.say("aggregate: pairs counted")
+
+    searches = Counter(parts.total(one["frequencies"] for one in asked))
+    limits = sampling.band_limits(list(searches.elements()), cfg.head_share, cfg.torso_share)
+    only = not fitting.unclicked(some.totals)
 
     def write(part: int) -> dict[str, int]:
         asked = scratch.frame("queries", part, counting.QUERIES)
         pairs = counting.paired(part, scratch, asked, only)
-        found = click_models.evidence(click_models.attractive(pairs, chosen, cfg.prior_impressions))
-        store.write("evidence", part, found)
+        evidence = click_models.evidence(click_models.attractive(pairs, models[name], cfg.prior_impressions))
+        store.write("evidence", part, evidence)
         queries = _queries(asked, judged.get(part, {}), limits, recipe)
         store.write("queries", part, queries)
-        return {"evidence": found.num_rows, "queries": queries.num_rows}
+        return {"evidence": evidence.num_rows, "queries": queries.num_rows}
 
-    parts.each(count, partial(counting.pair, scratch=scratch, fitted=chosen, count=count))
-    launch.say("aggregate: pairs counted")
     counts: dict[str, Any] = parts.total(parts.each(count, write))
+    cleaned = {rule: parts.total(one["cleaning"][rule] for one in said) for rule in said[0]["cleaning"]}
+    cleaned["few_clients"] = parts.total(one["few_clients"] for one in asked)
     examination = {name: fitted.examination for name, fitted in models.items()}
-    shuffled = clicks.add([pl.DataFrame([row for one in said for row in one["shuffled"]], schema=clicks.SHUFFLED)])
-    seen = click_models.interventional(shuffled).to_dicts()
+    seen = click_models.interventional(clicks.add([one["shuffled"] for one in said])).to_dicts()
     return counts | {
         "bots": sum(one["bots"] for one in said),
         "searches_left_out": sum(rule.get("searches", 0) for rule in cleaned.values()),
@@ -76,6 +70,11 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
         "cleaning": cleaned,
         "model": {"click_model": name, "why": why, "examination": examination, "interventional": seen, "models": rows},
     }
+
+
+def _grades(store: Store, queries: list[str]) -> pl.DataFrame:
+    grades = pl.DataFrame(pl.from_arrow(store.read("judgments", ["query", "doc_id", "grade"])))
+    return grades.filter(pl.col("query").is_in(queries))
 
 
 def _judged(store: Store, recipe: Recipe) -> Judged:

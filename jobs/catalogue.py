@@ -14,12 +14,12 @@ from disranker.stages import Step
 from disranker.store import Store
 from jobs import parts
 
-CATALOGUE = "catalogue"  # begins the names of rejects that are not of the log
+NAME = "catalogue"  # begins the names of rejects that are not of the log
 
 
 def of(name: str) -> bool:
     """Whether a file of rejects is not of the log."""
-    return name.startswith(CATALOGUE)
+    return name.startswith(NAME)
 
 
 def write(files: dict[str, list[str]], count: int, store: Store, step: Step) -> dict[str, int]:
@@ -45,7 +45,7 @@ def _documents(files: list[str], count: int, store: Store) -> dict[str, int]:
     def write(part: int, rows: pa.Table) -> dict[str, int]:
         documents, rejects, counted = sources.unique_documents(rows)
         store.write("documents", part, documents)
-        store.put_table(rejects, "rejects", f"{CATALOGUE}-{part:05d}.parquet")
+        store.put_table(rejects, "rejects", f"{NAME}-{part:05d}.parquet")
         return counted | {"documents": documents.num_rows}
 
     for file in files:  # a wrong file is refused before anything is read
@@ -74,5 +74,5 @@ def _judgments(files: list[str], topics: list[str], store: Store) -> dict[str, i
         )
     store.write("judgments", 0, good.drop("file", "line").to_arrow())
     rejects = pa.concat_tables([tables.conform("rejects", refused), tables.conform("rejects", unknown.to_arrow())])
-    store.put_table(rejects, "rejects", f"{CATALOGUE}-judgments.parquet")
+    store.put_table(rejects, "rejects", f"{NAME}-judgments.parquet")
     return {"judgments": good.height, "judgments_replaced": graded.height - unknown.height - good.height}

@@ -4,10 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from disranker import cleaning, click_models, clicks, tables
@@ -58,21 +56,25 @@ def count(part: int, store: Store, scratch: Scratch, recipe: Recipe, share: floa
     files = [path for path in store.parts("searches") if path.rsplit("/", 1)[1].startswith(f"part-{part:05d}-")]
     bots = _bots(files, store, recipe.cleaning)
     out = Counter(searches=0, repeated_pages=0, lost_clicks=0)
-    some, asked, shuffled = [clicks.TABLE.empty_table()], [pl.DataFrame(schema=ASKED)], []
+    some, asked, shuffled = (
+        [clicks.TABLE.empty_table()],
+        [pl.DataFrame(schema=ASKED)],
+        [pl.DataFrame(schema=clicks.SHUFFLED)],
+    )
     looks = _looks(files, bots["client"].unique(), store, recipe.cleaning, out)
     for number, searches in enumerate(filter(len, looks)):
         counted = clicks.counts(searches, recipe.aggregate.satisfied_dwell_s)
         scratch.put(counted, "counts", part, f"{number:05d}")
-        some.append(_some(counted, share, always))
+        some.append(clicks.sampled(counted, share, always))
         asked.append(_asked(searches))
-        shuffled += clicks.shuffled(searches).to_dicts()
+        shuffled.append(clicks.shuffled(searches))
     _by_query(scratch, "some", clicks.summed(pa.concat_tables(some), clicks.PLACE), recipe.ingest.parts, f"{part:05d}")
     queries = pl.concat(asked).group_by("query").agg(pl.col("searches").sum(), clients=pl.col("client").n_unique())
     _by_query(scratch, "asked", queries.cast(QUERIES).to_arrow(), recipe.ingest.parts, f"{part:05d}")
     rules = {rule: {"clients": bots.filter(pl.col("rule") == rule).height} for rule in cleaning.RULES}
     return {
         "bots": bots["client"].n_unique(),
-        "shuffled": shuffled,
+        "shuffled": clicks.add(shuffled),
         "cleaning": rules | {"bots": {"searches": out.pop("searches")}, "merge_repeats": dict(out)},
     }
 
@@ -111,25 +113,10 @@ def _asked(searches: pa.Table) -> pl.DataFrame:
     return rows.group_by("query", pl.col("client").hash()).agg(searches=pl.len().cast(pl.Int64))
 
 
-def _some(counted: pa.Table, share: float, always: list[str]) -> pa.Table:
-    """The counts of some queries, the same ones whichever part they come from."""
-    query = clicks.Names.of(counted["query"])
-    # By the high bits of the number of which the low ones decide the part.
-    by_chance = tables.slots(query.names.to_pylist()) >> np.uint64(32) < share * 2**32
-    wanted = by_chance | pc.is_in(query.names, pa.array(always, pa.string())).to_numpy(zero_copy_only=False)
-    return counted.filter(pa.array(wanted[query.codes]))
-
-
 def _by_query(scratch: Scratch, name: str, rows: pa.Table, count: int, writer: str) -> None:
     """Writes rows by the part that their query belongs to."""
-    query = clicks.Names.of(rows["query"])
-    part = tables.part_of(query.names.to_pylist(), count)[query.codes]
-    order = np.argsort(part, kind="stable")
-    ends = np.searchsorted(part[order], np.arange(count + 1))
-    for number in range(count):
-        inside = rows.take(pa.array(order[ends[number] : ends[number + 1]]))
-        if inside.num_rows:
-            scratch.put(clicks.compact(inside), name, number, writer)
+    for part, inside in clicks.by_part(rows, count):
+        scratch.put(inside, name, part, writer)
 
 
 def queries(part: int, scratch: Scratch, min_clients: int) -> dict[str, Any]:
@@ -139,8 +126,7 @@ def queries(part: int, scratch: Scratch, min_clients: int) -> dict[str, Any]:
     kept = asked.filter(~pl.col("query").is_in(few)).sort("query")
     scratch.put(kept.to_arrow(), "queries", part)
     left_out = {"queries": asked.height - kept.height, "searches": asked["searches"].sum() - kept["searches"].sum()}
-    frequencies = {str(searches): number for searches, number in kept["searches"].value_counts().iter_rows()}
-    return {"few_clients": left_out, "frequencies": frequencies}
+    return {"few_clients": left_out, "frequencies": dict(kept["searches"].value_counts().iter_rows())}
 
 
 def some(part: int, scratch: Scratch) -> pl.DataFrame:
@@ -177,7 +163,4 @@ def paired(part: int, scratch: Scratch, asked: pl.DataFrame, only_clicks: bool) 
         return pl.DataFrame(schema={**clicks.COUNTS, "looks": pl.Float64}).drop("position")
     rows = clicks.frame(clicks.summed(pa.concat_tables(found), clicks.PAIR))
     kept = rows.join(asked, on="query", maintain_order="left")  # without the queries of few clients
-    if only_clicks:
-        shown = pl.max_horizontal("searches", "clicks")
-        kept = kept.with_columns(impressions=shown, examined=shown, looks=shown.cast(pl.Float64))
-    return kept.select(rows.columns)
+    return (click_models.shown_by_each_search(kept) if only_clicks else kept).select(rows.columns)

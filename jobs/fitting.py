@@ -53,7 +53,7 @@ class Some:
         groups = min(parts, max(1, int(ray.cluster_resources().get("CPU", 1))))
         numbers = [list(range(first, parts, groups)) for first in range(groups)]
         loaded = [_load.remote(mine, scratch, cfg.prior_impressions) for mine in numbers]
-        self._read, totals, self._models = zip(*loaded, strict=True)
+        self.read, totals, self._models = zip(*loaded, strict=True)
         self.totals = clicks.add(ray.get(list(totals)))
         self._attracted: Any = [None] * groups
 
@@ -63,10 +63,6 @@ class Some:
         found = [_expect.remote(models, examined, center, last) for models, last in rounds]
         said, self._attracted = zip(*found, strict=True)
         return [one for several in ray.get(list(said)) for one in several]
-
-    def compare(self, *given: Any) -> Rows:
-        said = ray.get([_compare.remote(read, *given) for read in self._read])
-        return [row for rows in said for row in rows]
 
 
 def unclicked(totals: pl.DataFrame) -> int:
@@ -93,7 +89,9 @@ def fit(some: Some, cfg: Aggregate) -> dict[str, Fitted]:
 
 def compared(models: dict[str, Fitted], some: Some, grades: pl.DataFrame, recipe: Recipe) -> Rows:
     """How well each model agrees with people on the queries of `grades`, and predicts clicks that were held out."""
-    said = some.compare(models, grades, recipe.aggregate, recipe.seed)
+    cfg = recipe.aggregate
+    asked = [_compare.remote(read, models, grades, cfg, recipe.seed) for read in some.read]
+    said = [row for rows in ray.get(asked) for row in rows]
     of = {name: [one for one in said if one["model"] == name] for name in models}
     schema = {"query": pl.String, "doc_id": pl.String, "attractiveness": pl.Float64}
     pairs = {name: pl.concat([pl.DataFrame(schema=schema), *(one["pairs"] for one in of[name])]) for name in models}

@@ -3,8 +3,8 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -13,6 +13,7 @@ from disranker.recipe import Refused
 from jobs import launch
 
 Block = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
 def flat(items: Iterable[Any], read: Callable[[Any], Iterator[pa.Table]]) -> "ray.data.Dataset":
@@ -81,9 +82,9 @@ def each_by(parts: int, worker: type, *arguments: Any) -> list[dict[str, Any]]:
     return [json.loads(row["said"]) for row in mapped.iter_rows()]
 
 
-def total(said: Iterable[dict[str, int]]) -> dict[str, int]:
+def total(said: Iterable[Mapping[Key, int]]) -> dict[Key, int]:
     """Counts of all parts, added up."""
-    counter: Counter[str] = Counter()
+    counter: Counter[Key] = Counter()
     for counts in said:
         counter.update(counts)
     return dict(counter)

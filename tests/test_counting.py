@@ -1,3 +1,5 @@
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import polars as pl
@@ -7,6 +9,7 @@ import pytest
 from test_clicks import PAGES, search
 
 from disranker import click_models, clicks, tables
+from disranker.recipe import Cleaning
 from disranker.store import Store
 from jobs import counting
 from jobs.counting import Scratch
@@ -35,12 +38,25 @@ def test_a_file_of_2_row_groups_is_read_group_by_group(tmp_path):
 
 def test_the_queries_to_fit_on_are_a_share_by_chance_and_those_always_wanted_whatever_part_they_come_from():
     def some(rows, share, always=()):
-        return set(clicks.frame(counting._some(rows, share, list(always)))["query"])
+        return set(clicks.frame(clicks.sampled(rows, share, list(always)))["query"])
 
     whole, halves = counted(*FIFTY), [counted(*FIFTY[::2]), counted(*FIFTY[1::2])]
     assert some(whole, 1.0) == {f"q{n}" for n in range(50)} and some(whole, 0.0, ["q7", "none"]) == {"q7"}
     chosen = some(whole, 0.3)
     assert 7 < len(chosen) < 25 and chosen == some(halves[0], 0.3) | some(halves[1], 0.3)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_looks_are_those_of_people_and_a_page_loaded_again_is_one_look_if_the_recipe_says_so(tmp_path, merge):
+    again = search("shoe", ("a", 1, True, None), client="twice", time=datetime(2026, 3, 1, 12, tzinfo=UTC))
+    rows = [again, again | {"query_id": "later", "time": again["time"] + timedelta(minutes=1)}]
+    rows.append(again | {"client": "robot"})
+    pq.write_table(tables.conform("searches", rows), tmp_path / "file")
+    out = Counter()
+    cfg, bots = Cleaning(merge_repeats=merge), pl.Series(["robot"])
+    found = list(counting._looks([str(tmp_path / "file")], bots, Store(str(tmp_path)), cfg, out))
+    assert sum(len(looks) for looks in found) == (1 if merge else 2)
+    assert out["searches"] == 1 and out["repeated_pages"] == int(merge)
 
 
 def test_rows_go_to_the_part_of_their_query_and_none_is_lost(scratch):

@@ -275,14 +275,14 @@ def pages(searches: pa.Table, gap_s: float) -> pl.Series:
     return sessions(seen.with_columns(first=_first(searches["hits"])), gap_s).select(page.alias("page"))["page"]
 
 
-def merged(searches: pa.Table, pages: pl.Series) -> tuple[pa.Table, dict[str, int]]:
-    """Searches with one for each of `pages`, and counts: a page that was loaded again is one look, not two.
+def merged(searches: pa.Table, page: pl.Series) -> tuple[pa.Table, dict[str, int]]:
+    """Searches with one for each number of `page`, and counts: a page that was loaded again is one look, not two.
 
     The first of them stays, as it was shown. A document on it was clicked or bought if it was so on any of them, with
     the dwell of all. Clicks on a document that only a later one shows are lost and counted.
     """
     plain = pa.schema([tables.SCHEMAS["searches"].field(name) for name in searches.column_names])
-    rows = pl.DataFrame(pl.from_arrow(searches.cast(plain))).with_row_index("row").with_columns(pages.alias("page"))
+    rows = pl.DataFrame(pl.from_arrow(searches.cast(plain))).with_row_index("row").with_columns(page.alias("page"))
     several = rows.with_columns(kept=pl.col("row").sort_by("time", "row").first().over("page"))
     hits, lost = _merged(several.select("row", "kept", "hits").explode("hits").unnest("hits"))
     first = several.filter(pl.col("row") == pl.col("kept")).join(hits, on="kept", how="left", maintain_order="left")

@@ -156,6 +156,12 @@ def pairs(counted: pa.Table, fitted: Fitted) -> pa.Table:
     return clicks.summed(counted.drop_columns("position").append_column("looks", looks), PAIR)
 
 
+def shown_by_each_search(found: pl.DataFrame) -> pl.DataFrame:
+    """`pairs` with the `searches` of their query, of a log of clicks alone: each search counts as showing them."""
+    shown = pl.max_horizontal("searches", "clicks")
+    return found.with_columns(impressions=shown, examined=shown, looks=shown.cast(pl.Float64))
+
+
 def attractive(found: pl.DataFrame, fitted: Fitted, prior_impressions: float) -> pl.DataFrame:
     """`pairs` with clickable and attractiveness, both pulled to their means by `prior_impressions`.
 
@@ -218,9 +224,9 @@ def _fitted(name: str, totals: pl.DataFrame, examined: dict[int | None, float]) 
 def _examined(position: pa.Array | pa.ChunkedArray, fitted: Fitted) -> Numbers:
     """Examination of each row; a position that the model has not seen counts as its least examined one."""
     curve = {UNKNOWN if place is None else place: x for place, x in fitted.examination.items()}
-    places, values = np.array(sorted(curve)), np.array([curve[place] for place in sorted(curve)])
     if not curve:
         return np.ones(len(position))
+    places, values = np.array(sorted(curve)), np.array([curve[place] for place in sorted(curve)])
     wanted = pc.fill_null(position, UNKNOWN).to_numpy(zero_copy_only=False)
     near = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
     return np.where(places[near] == wanted, values[near], values.min())

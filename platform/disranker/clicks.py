@@ -4,8 +4,9 @@ Counts are all that click models need (`click_models`), and counts of batches ad
 tables, with queries and documents as codes into a dictionary: strings are what costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from disranker import tables
 
 PAIR = ["query", "doc_id"]
 COUNTS = {
@@ -32,7 +35,7 @@ SHUFFLED = {name: COUNTS[name] for name in ("position", "impressions", "clicks")
 PLACE = [*PAIR, "position"]
 NAME = pa.dictionary(pa.int32(), pa.string())
 # Half as wide as in `COUNTS`: the numbers of one pair are far below 2^31, and moving them is what takes time.
-SUMS = pa.schema([(name, pa.float64() if name == "dwell_sum_s" else pa.int32()) for name in COUNTED])
+SUMS = [(name, pa.float64() if name == "dwell_sum_s" else pa.int32()) for name in COUNTED]
 TABLE = pa.schema([*((name, NAME) for name in PAIR), ("position", pa.int32()), *SUMS])
 Codes = npt.NDArray[np.int64]
 
@@ -46,8 +49,8 @@ def counts(searches: pa.Table, satisfied_dwell_s: float) -> pa.Table:
     the last of its page.
     """
     page, hits = _flat(searches)
-    query = Names.of(searches["query"])
-    key = _Key.of([Names(query.codes[page], query.names), Names.of(hits["doc_id"]), Names.of(hits["position"])])
+    query = _Names.of(searches["query"])
+    key = _Key.of([_Names(query.codes[page], query.names), _Names.of(hits["doc_id"]), _Names.of(hits["position"])])
     # What was done is part of the number that is sorted: a sort of numbers alone is the fastest way to count.
     rows = np.sort(key.codes * 4 + _done(page, hits, searches.num_rows, satisfied_dwell_s))
     start = _starts(rows >> 2)
@@ -66,13 +69,31 @@ def counts(searches: pa.Table, satisfied_dwell_s: float) -> pa.Table:
 
 def summed(rows: pa.Table, by: list[str]) -> pa.Table:
     """One row for all that are equal in `by`, in the order of these columns; all others are added up."""
-    key = _Key.of([Names.of(rows[name]) for name in by])
+    key = _Key.of([_Names.of(rows[name]) for name in by])
     order = np.argsort(key.codes, kind="stable")  # what is in order already, or nearly, takes no time
     start = _starts(key.codes[order])
     others = [name for name in rows.column_names if name not in by]
     return _table(
         key, key.codes[order[start]], by, {name: _reduced(rows[name].to_numpy()[order], start) for name in others}
     )
+
+
+def sampled(counted: pa.Table, share: float, always: list[str]) -> pa.Table:
+    """The rows of some queries: a share of all, by chance but the same in every table, and those always wanted."""
+    query = _Names.of(counted["query"])
+    # By the high bits of the number of which the low ones decide the part.
+    by_chance = tables.slots(query.names.to_pylist()) >> np.uint64(32) < share * 2**32
+    wanted = by_chance | pc.is_in(query.names, pa.array(always, pa.string())).to_numpy(zero_copy_only=False)
+    return counted.filter(pa.array(wanted[query.codes]))
+
+
+def by_part(rows: pa.Table, parts: int) -> Iterator[tuple[int, pa.Table]]:
+    """(part, rows) of each part that a query among the rows belongs to, in their order."""
+    query = _Names.of(rows["query"])
+    part = tables.part_of(query.names.to_pylist(), parts)[query.codes]
+    order = np.argsort(part, kind="stable")
+    for start, end in pairwise(np.append(_starts(part[order]), len(order)).tolist()):
+        yield int(part[order[start]]), _compact(rows.take(pa.array(order[start:end])))
 
 
 def frame(counted: pa.Table) -> pl.DataFrame:
@@ -132,7 +153,7 @@ def thin(counted: pl.DataFrame, share: float, seed: list[int]) -> tuple[pl.DataF
 
 
 @dataclass(frozen=True)
-class Names:
+class _Names:
     """Values as numbers from 0 in the order of the values."""
 
     codes: Codes  # a row each
@@ -155,7 +176,7 @@ class _Key:
     names: Sequence[pa.Array]
 
     @classmethod
-    def of(cls, columns: Sequence[Names]) -> Self:
+    def of(cls, columns: Sequence[_Names]) -> Self:
         codes, size = np.zeros(len(columns[0].codes), np.int64), 4
         for column in columns:
             codes, size = codes * max(1, len(column.names)) + column.codes, size * max(1, len(column.names))
@@ -172,7 +193,7 @@ class _Key:
         return found[::-1]
 
 
-def compact(rows: pa.Table) -> pa.Table:
+def _compact(rows: pa.Table) -> pa.Table:
     """The rows, their dictionaries without names that do not occur."""
     columns = {name: rows[name] for name in rows.column_names}
     found = {name: _encoded(column) for name, column in columns.items() if pa.types.is_dictionary(column.type)}

@@ -7,6 +7,7 @@ of the batches that reach it, and its file is named after them: nothing is joine
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -128,7 +129,8 @@ class Ledger:
 
         So many clients at a time, all of each, as make about `MOST_RECORDS`.
         """
-        count = max(1, -(-sum(rows.num_rows for rows in self._around(cell, ["file", "time"])) // MOST_RECORDS))
+        records = sum(rows.num_rows for rows in self._around(cell, ["file", "time"]))
+        count = max(1, math.ceil(records / MOST_RECORDS))
         for number in range(count):
             yield pa.concat_tables(
                 [logs.RECORD.empty_table(), *(self._slice(rows, number, count) for rows in self._around(cell))]
