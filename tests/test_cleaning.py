@@ -320,6 +320,7 @@ def test_a_page_loaded_again_is_one_look_with_the_clicks_of_both(turn):
 def test_another_page_session_query_or_client_is_no_repetition():
     second = [page_hit("d0", 11)]
     rows = [("a", "q", 0, 1), ("a", "q", 9, 0, second), ("a", "q", 9000, 1), ("a", "r", 0, 1), ("b", "q", 0, 1)]
+    rows += [("c", "q", 0, 0, [page_hit("d0", 10), page_hit("d1", 11)]), ("c", "q", 9, 0, second)]
     found, counts = unrepeated(*rows)
     assert found.equals(frame(*rows)) and counts == {"repeated_pages": 0, "lost_clicks": 0}
 

@@ -50,13 +50,18 @@ def test_the_queries_to_fit_on_are_a_share_by_chance_and_those_always_wanted_wha
 def test_looks_are_those_of_people_and_a_page_loaded_again_is_one_look_if_the_recipe_says_so(tmp_path, merge):
     again = search("shoe", ("a", 1, True, None), client="twice", time=datetime(2026, 3, 1, 12, tzinfo=UTC))
     rows = [again, again | {"query_id": "later", "time": again["time"] + timedelta(minutes=1)}]
-    rows.append(again | {"client": "robot"})
+    rows += [row | {"client": "robot"} for row in rows]
     pq.write_table(tables.conform("searches", rows), tmp_path / "file")
     out = Counter()
     cfg, bots = Cleaning(merge_repeats=merge), pl.Series(["robot"])
     found = list(counting._looks([str(tmp_path / "file")], bots, Store(str(tmp_path)), cfg, out))
-    assert sum(len(looks) for looks in found) == (1 if merge else 2)
-    assert out["searches"] == 1 and out["repeated_pages"] == int(merge)
+    assert [looks["client"].to_pylist() for looks in found if len(looks)] == [["twice"] if merge else ["twice"] * 2]
+    assert out["searches"] == 2 and out["repeated_pages"] == int(merge)
+
+
+def test_searches_of_one_client_add_up():
+    asked = counting._asked(tables.conform("searches", [search("a"), search("a"), search("b")]))
+    assert sorted(asked.select("query", "searches").rows()) == [("a", 2), ("b", 1)]
 
 
 def test_rows_go_to_the_part_of_their_query_and_none_is_lost(scratch):
@@ -92,8 +97,9 @@ def test_in_a_log_of_clicks_alone_each_search_shows_the_documents_of_its_query(s
     scratch.put(counted(search("q", ("a", None, True, None)), search("q", ("b", None, True, None))), "counts", 0)
     fitted = click_models.Fitted("ctr", {None: 1.0}, 0.5)
     counting.pair(0, scratch, fitted, 1)
-    asked = pl.DataFrame([("q", 5, 3)], schema=counting.QUERIES, orient="row")
-    found = counting.paired(0, scratch, asked, only_clicks=True)
-    assert found.select("doc_id", "impressions", "clicks", "examined", "looks").rows() == [
-        ("a", 5, 1, 5, 5.0), ("b", 5, 1, 5, 5.0),
-    ]  # fmt: skip
+    for searches, shown in ((5, 5), (0, 1)):  # of some clicks the search was lost
+        asked = pl.DataFrame([("q", searches, 3)], schema=counting.QUERIES, orient="row")
+        found = counting.paired(0, scratch, asked, only_clicks=True)
+        assert found.select("doc_id", "impressions", "clicks", "examined", "looks").rows() == [
+            ("a", shown, 1, shown, float(shown)), ("b", shown, 1, shown, float(shown)),
+        ]  # fmt: skip

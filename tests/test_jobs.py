@@ -386,6 +386,7 @@ def test_queries_of_few_clients_and_bots_are_left_out_and_counted_by_rule(ray_he
     given = _flat(tmp_path, "position", "click")
     with (tmp_path / "log.tsv").open("a") as log:
         log.write("my own secret\td1\tc1\t1790857000\t1\t1\n")
+        log.write("sofa\td1\tc1\t1790877000\t1\t1\n")  # a second search of a client
         for n in range(30):  # clicks all it sees, on pages of five
             log.writelines(f"sofa\tx{k}\tbot\t{1_790_900_000 + 4000 * n}\t{k}\t1\n" for k in range(1, 6))
     given |= {"cleaning": {"min_clients": 2}}
@@ -396,8 +397,8 @@ def test_queries_of_few_clients_and_bots_are_left_out_and_counted_by_rule(ray_he
     assert counts["cleaning"]["bots"] == {"searches": 30} and counts["searches_left_out"] == 31
     assert counts["cleaning"]["few_clients"] == {"queries": 1, "searches": 1}
     assert {row["doc_id"] for row in store.read("evidence").to_pylist()} == {"d1", "d2"}
-    assert store.manifest("searches")["rows"] == 20 + 1 + 30
-    assert [row["query"] for row in store.read("queries").to_pylist()] == ["sofa"]
+    assert store.manifest("searches")["rows"] == 21 + 1 + 30
+    assert [(row["query"], row["searches"]) for row in store.read("queries").to_pylist()] == [("sofa", 21)]
 
 
 def test_following_a_log_commits_each_file_as_it_arrives_and_ends_when_idle(ray_here, tmp_path, monkeypatch):
