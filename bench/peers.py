@@ -58,7 +58,7 @@ def _engine(recipe: Recipe, **more: Any) -> Any:
     from jobs.score import ONE
 
     folder = Store(recipe.root).folder("teacher")
-    return scorer.engine(folder, Tokens.load(folder).contract.max_tokens, recipe.score.model_copy(update=ONE), **more)
+    return scorer.engine(folder, Tokens.load(folder).contract, recipe.score.model_copy(update=ONE), **more)
 
 
 def _classified(engine: Any, ids: Ids) -> dict[str, Any]:

@@ -34,9 +34,11 @@ class Broken(RuntimeError):
 # Processes
 
 
-def job(recipe: Path, log: Path, ray: str = "", stage: str = "score") -> subprocess.Popen[bytes]:
+def job(
+    recipe: Path, log: Path, ray: str = "", stage: str = "score", options: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     """`python -m jobs.<stage>` in a session of its own; without an address it starts a Ray of its own."""
-    command = [sys.executable, "-m", f"jobs.{stage}", "--recipe", str(recipe)]
+    command = [sys.executable, "-m", f"jobs.{stage}", "--recipe", str(recipe), *options]
     with log.open("ab") as out:
         return subprocess.Popen(
             command, cwd=ROOT, env=_environment() | {"RAY_ADDRESS": ray}, stdout=out, stderr=out, start_new_session=True
@@ -44,10 +46,16 @@ def job(recipe: Path, log: Path, ray: str = "", stage: str = "score") -> subproc
 
 
 def done(
-    recipe: Path, log: Path, ray: str = "", timeout_s: float = 3600, stage: str = "score", artefact: str = "labels"
+    recipe: Path,
+    log: Path,
+    ray: str = "",
+    timeout_s: float = 3600,
+    stage: str = "score",
+    artefact: str = "labels",
+    options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest of an artefact after a run of its stage to its end. Raises `Broken` if it fails."""
-    process = job(recipe, log, ray, stage)
+    process = job(recipe, log, ray, stage, options)
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired as error:

@@ -18,6 +18,7 @@ from jobs.score import Teacher
 
 TEST = pc.field("split") == "test"
 MODELS = ("bm25", "teacher", "student")
+TRAINED = {"pretrain": "decoder", "finetune": "teacher", "distill": "student"}  # stage -> artefact
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
         qrels, runs, recipe.evaluate, recipe.seed, {group["query"]: group["band"] for group in groups}
     )
     found["click_models"] = store.manifest("evidence")["counts"].get("model")
+    found["training"] = {stage: made["counts"] for stage, name in TRAINED.items() if (made := store.finished(name))}
     _write(found, qrels, runs, titles, recipe, store)
     return counts | {name: _headline(found, name) for name in MODELS}
 

@@ -24,6 +24,7 @@ PACKAGES = ("disranker", "ray", "torch", "transformers", "pyarrow")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # nothing is fetched at run time
     "VLLM_NO_USAGE_STATS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of many tasks that fail alike, the first says all
     "TOKENIZERS_PARALLELISM": "false",  # Ray's tasks are the parallelism

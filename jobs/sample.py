@@ -89,8 +89,9 @@ class Sampler:
         if query["split"] == "test":
             return []
         return [
-            {"query": query["query"], "split": query["split"], "weight": row["attractiveness"]}
+            {name: query[name] for name in ("query", "split", "band")}
             | {name: self.texts[row["doc_id"]][name] for name in ("title", "summary")}
+            | {"attractiveness": row["attractiveness"], "satisfied_share": row["satisfied"] / row["clicks"]}
             for row in evidence
             if row["clicks"] >= self.cfg.min_clicks and row["doc_id"] in self.texts
         ]

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from disranker.contract import Form, Tokens
+from disranker.contract import Contract, Tokens
 from disranker.labels import Labels, isolate
 from disranker.recipe import Score
 from disranker.store import Store
@@ -36,9 +36,9 @@ class Scorer:
     def __init__(self, store: Store, teacher: str, cfg: Score):
         began, folder = time.monotonic(), store.folder("teacher")
         self.labels = Labels(store, teacher)
-        contract = Tokens.load(folder).contract
-        self.form = contract.form
-        self.engine = engine(folder, contract.max_tokens, cfg)
+        self.engine = engine(folder, Tokens.load(folder).contract, cfg)
+        # As `Rows.inputs` decides for the trainer.
+        self.segments = getattr(self.engine.llm_engine.model_config.hf_config, "type_vocab_size", 0) > 1
         self.start_s = time.monotonic() - began
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -82,7 +82,7 @@ class Scorer:
         from vllm.inputs import TokensPrompt
 
         given = [TokensPrompt(prompt_token_ids=row["ids"]) for row in rows]
-        params = [_params(row["prompt"], self.form) for row in rows]
+        params = [_params(row["prompt"], self.segments) for row in rows]
         try:
             outputs = self.engine.classify(given, pooling_params=params, use_tqdm=False)
         except Exception:
@@ -101,23 +101,29 @@ class Scorer:
         return [_reject(row, reason) for row, (_, reason) in zip(rows, found, strict=True) if reason]
 
 
-def engine(folder: str, max_tokens: int, cfg: Score, **more: Any) -> Any:
-    """A vLLM that classifies, with `more` of its settings; in this process, unless several processes share it."""
+def engine(folder: str, contract: Contract, cfg: Score, **more: Any) -> Any:
+    """A vLLM that classifies, with `more` of its settings; in this process, unless several processes share it.
+
+    For a mean it takes every text whole and anew: a token that is cached, or of another chunk, would not be in it.
+    """
     os.environ |= _threads(cfg) | {
         "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     from vllm import LLM
+    from vllm.config import PoolerConfig
 
+    pooler = PoolerConfig(pooling_type=contract.pooling.upper()) if contract.pooling else None
     several = {"distributed_executor_backend": "ray"} if cfg.tensor_parallel > 1 else {}
     return LLM(
         folder,
         runner="pooling",
         convert="classify",
+        pooler_config=pooler,
         dtype=cfg.dtype,
         enforce_eager=True,
-        max_model_len=max_tokens,
-        max_num_batched_tokens=max(cfg.max_batched_tokens, max_tokens),
+        max_model_len=contract.max_tokens,
+        max_num_batched_tokens=max(cfg.max_batched_tokens, contract.max_tokens),
         block_size=cfg.block_tokens,
         tensor_parallel_size=cfg.tensor_parallel,
         seed=0,
@@ -144,10 +150,10 @@ def resources(cfg: Score, groups: list[PlacementGroup]) -> dict[str, Any]:
     return {"num_cpus": 0, "ray_remote_args_fn": together}
 
 
-def _params(prompt: int, form: Form) -> Any:
+def _params(prompt: int, segments: bool) -> Any:
     from vllm import PoolingParams
 
-    extra = {"compressed_token_type_ids": prompt} if form == "encoder" else None
+    extra = {"compressed_token_type_ids": prompt} if segments else None
     return PoolingParams(use_activation=False, extra_kwargs=extra)
 
 

@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from torch import nn
 
-from disranker import fit, teacher
+from disranker import fit, lora, spread, teacher, tracking
 from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.fit import Task
@@ -28,7 +30,7 @@ from disranker.stages import Step
 from disranker.store import Store
 from jobs.launch import SAY_EVERY_S, say
 
-STATE = "state.pt"
+STATE = "state-{}.pt"  # of a rank
 RETRIES = 3  # of a worker or node that dies; the run goes on from its last checkpoint
 
 
@@ -38,7 +40,13 @@ def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]
     name = f"{stage}-{step.fingerprint}"
     _check(cfg, stage)
     store.put_folder(start, f"runs/{name}/start")
-    settings = {"recipe": recipe.model_dump(), "root": store.uri, "stage": stage, "run": f"runs/{name}"}
+    settings = {
+        "recipe": recipe.model_dump(),
+        "root": store.uri,
+        "stage": stage,
+        "run": f"runs/{name}",
+        "workers": cfg.workers,
+    }
     trainer = TorchTrainer(
         train,
         train_loop_config=settings,
@@ -52,7 +60,7 @@ def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]
             storage_path=store.at("runs"),
             storage_filesystem=store.fs,
             failure_config=FailureConfig(max_failures=RETRIES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=cfg.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),  # progress is said by the workers
         ),
     )
@@ -66,22 +74,42 @@ def train(settings: dict[str, Any]) -> None:
     """One worker, from start or from its last checkpoint to the end."""
     recipe, store, stage = recipes.parse(settings["recipe"]), Store(settings["root"]), settings["stage"]
     cfg: Training = getattr(recipe, stage)
-    job = import_module(f"jobs.{stage}")
     torch.set_num_threads(cfg.cpus_per_worker)
     logging.getLogger().setLevel(logging.WARNING)  # Ray names some of its loggers by file: no other way to quiet them
     start = store.folder(f"{settings['run']}/start")
     tokens = Tokens.load(start)
-    task: Task = job.task(recipe, store, tokens)
-    model = prepare_model(job.model(start, tokens, recipe.seed))
-    planned = fit.steps(
-        task, cfg, recipe.seed, ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    )
-    state = _restored()
-    history = _steps(model, task, planned, cfg, state, stage)
-    if ray.train.get_context().get_world_rank() == 0:
-        measured = task.validate(fit.plain(model))
-        _save(model, tokens, start, measured | history, store, settings["run"])
-    ray.train.report({"step": len(planned)})
+    task: Task = import_module(f"jobs.{stage}").task(recipe, store, tokens)
+    model, _ = _model(stage, start, tokens, recipe.seed, cfg)
+    rank, ranks = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    planned = fit.steps(task, cfg, recipe.seed, rank, ranks)
+    run = fit.Fit(_spread(model, cfg), task, planned, cfg, recipe.seed * 1000 + rank, broadcast_from_rank_zero)
+    if (state := _restored(cfg, rank)) is not None:
+        run.load(state)
+        say(f"{stage}: rank {rank} goes on after step {run.done}")
+    _steps(run, stage, rank, store, settings)
+    run.finish()
+    weights = spread.whole(run.model, wanted=rank == 0)
+    if rank == 0:
+        merged, adapters = _model(stage, start, tokens, recipe.seed, cfg)
+        spread.put(merged, weights)
+        if adapters:
+            lora.merge(adapters)
+        _save(merged, tokens, start, _history(run), store, settings["run"])
+    ray.train.report({"step": run.done})
+
+
+def _model(stage: str, start: str, tokens: Tokens, seed: int, cfg: Training) -> tuple[nn.Module, Any]:
+    """The model that a stage starts from, and its adapters if the recipe asks for them."""
+    model: nn.Module = import_module(f"jobs.{stage}").model(start, tokens, seed)
+    return model, lora.adapt(model, cfg) if cfg.lora_rank else None
+
+
+def _spread(model: nn.Module, cfg: Training) -> nn.Module:
+    if cfg.recompute:
+        spread.recompute(model)
+    if cfg.sharding == "fsdp" and ray.train.get_context().get_world_size() > 1:
+        return spread.shard(model, cfg, get_device())
+    return prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
 
 
 def groups(store: Store) -> dict[str, list[dict[str, Any]]]:
@@ -98,70 +126,112 @@ def texts(store: Store) -> Iterator[str]:
         yield from (row["title"], row["summary"])
 
 
-def _steps(
-    model: Any, task: Task, planned: list[list[int]], cfg: Training, state: dict[str, Any] | None, stage: str
-) -> dict[str, Any]:
-    losses: list[list[float]] = state["losses"] if state else []
-    tokens, began, said = 0, time.monotonic(), 0.0
-    first = ray.train.get_context().get_world_rank() == 0
-    for progress, snapshot in fit.fit(model, task, planned, cfg, state):
-        tokens += progress.tokens
-        losses.append([progress.step, progress.loss])
+def _steps(run: fit.Fit, stage: str, rank: int, store: Store, settings: dict[str, Any]) -> None:
+    """Trains to the end, says and tracks how it goes, keeps checkpoints."""
+    began, said, first = time.monotonic(), 0.0, run.done
+    watch = _Watch(run, store, settings) if rank == 0 else None
+    for progress in run.steps():
         elapsed = time.monotonic() - began
-        if first and (elapsed - said > SAY_EVERY_S or progress.step == progress.steps):
+        speed = sum(one["tokens"] for one in run.curve[first:]) / elapsed * settings["workers"]
+        if watch:
+            watch.see(progress, speed)
+        if rank == 0 and (elapsed - said > SAY_EVERY_S or progress.step == len(run.planned)):
             said = elapsed
-            _say(stage, progress, losses, tokens / elapsed, elapsed, len(planned) - (state["step"] if state else 0))
-        if progress.step % cfg.checkpoint_every_steps == 0 and progress.step < progress.steps:
-            _checkpoint(snapshot() | {"losses": losses}, first)
-    return {
-        "steps": len(planned),
-        "tokens_per_second": round(tokens / max(1e-9, time.monotonic() - began)),
-        "losses": _thinned(losses),
-    }
+            _say(stage, run, speed, elapsed / (run.done - first) * (len(run.planned) - run.done))
+        if progress.step % run.cfg.checkpoint_every_steps == 0 and progress.step < len(run.planned):
+            if watch:
+                watch.flush()
+            _checkpoint(run, rank)
+    if watch:
+        watch.close()
 
 
-def _say(
-    stage: str, progress: fit.Progress, losses: list[list[float]], speed: float, elapsed: float, steps: int
-) -> None:
-    recent = [loss for _, loss in losses[-20:]]
-    left = elapsed / max(1, progress.step - (progress.steps - steps)) * (progress.steps - progress.step)
+def _say(stage: str, run: fit.Fit, speed: float, left: float) -> None:
+    recent, latest = [one["loss"] for one in run.curve[-20:]], run.validations[-1]
+    measured = "".join(f", {name} {value:.4g}" for name, value in latest.items() if name == run.task.metric)
     say(
-        f"{stage}: step {progress.step}/{progress.steps}, loss {sum(recent) / len(recent):.4f}, "
+        f"{stage}: step {run.done}/{len(run.planned)}, loss {sum(recent) / len(recent):.4f}{measured}, "
         f"{speed:.0f} tokens/s, {left:.0f} s left"
     )
 
 
-def _checkpoint(state: dict[str, Any], first: bool) -> None:
-    """A barrier: every rank comes here, the first one brings the state."""
-    if not first:
-        ray.train.report({"step": state["step"]})
+class _Watch:
+    """The tracker of a run; its files lie in the store, at once or, where that is far away, with every checkpoint."""
+
+    def __init__(self, run: fit.Fit, store: Store, settings: dict[str, Any]):
+        self.run, self.store, self.seen = run, store, len(run.validations)
+        name = settings["run"].removeprefix("runs/")
+        self.place = f"tracking/{name}"
+        self.folder = store.at(self.place) if store.local else tempfile.mkdtemp(prefix="disranker-")
+        recipe = settings["recipe"]
+        shown = {section: recipe[section] for section in (settings["stage"], "teacher", "student")}
+        self.tracker = tracking.Tracker(self.folder, name, shown, run.done)
+
+    def see(self, progress: fit.Progress, speed: float) -> None:
+        self.tracker.log(
+            progress.step,
+            {
+                "loss": progress.loss,
+                "lr": progress.lr,
+                "gradient_norm": progress.gradient_norm,
+                "tokens_per_second": speed,
+            },
+        )
+        for one in self.run.validations[self.seen :]:
+            values = {f"validation/{name}": value for name, value in one.items() if name != "step"}
+            self.tracker.log(int(one["step"]), values)
+        self.seen = len(self.run.validations)
+
+    def flush(self) -> None:
+        self.tracker.flush()
+        if not self.store.local:
+            self.store.put_folder(self.folder, self.place)
+
+    def close(self) -> None:
+        self.flush()
+        self.tracker.close()
+
+
+def _checkpoint(run: fit.Fit, rank: int) -> None:
+    """A barrier: every rank comes here; those that hold something of their own bring it."""
+    if rank and run.cfg.sharding == "ddp":
+        ray.train.report({"step": run.done})
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(state, Path(folder) / STATE)
-        ray.train.report({"step": state["step"]}, checkpoint=Checkpoint.from_directory(folder))
+        torch.save(run.state(), Path(folder) / STATE.format(rank))
+        ray.train.report({"step": run.done}, checkpoint=Checkpoint.from_directory(folder))
 
 
-def _restored() -> dict[str, Any] | None:
+def _restored(cfg: Training, rank: int) -> dict[str, Any] | None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / STATE, weights_only=True, map_location="cpu")
+        file = Path(folder) / STATE.format(rank if cfg.sharding == "fsdp" else 0)
+        return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def _history(run: fit.Fit) -> dict[str, Any]:
+    """What the manifest says of a training: its curve, what was measured on the way, and of the weights it gives."""
+    best = next((one for one in run.validations if run.best and one["step"] == run.best["step"]), {})
+    return {name: value for name, value in best.items() if name != "step"} | {
+        "steps": run.done,
+        "best": run.best,
+        "validations": run.validations,
+        "curve": _thinned(run.curve),
+    }
 
 
 def _save(model: Any, tokens: Tokens, start: str, measured: dict[str, Any], store: Store, run: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        teacher.save(fit.plain(model), tokens, start, folder)
-        finite = {
-            name: value for name, value in measured.items() if not isinstance(value, float) or math.isfinite(value)
-        }
-        (Path(folder) / "training.json").write_text(json.dumps(finite))
+        teacher.save(model, tokens, start, folder)
+        (Path(folder) / "training.json").write_text(json.dumps(measured))
         store.put_folder(folder, f"{run}/final")
 
 
-def _thinned(losses: list[list[float]], most: int = 200) -> list[list[float]]:
-    every = max(1, len(losses) // most)
-    return [[step, round(loss, 5)] for step, loss in losses[::every]]
+def _thinned(curve: list[dict[str, float]], most: int = 200) -> list[dict[str, float]]:
+    every = math.ceil(len(curve) / most) or 1
+    return [{name: round(value, 6) for name, value in one.items()} for one in curve[every - 1 :: every]]
 
 
 def _check(cfg: Training, stage: str) -> None:

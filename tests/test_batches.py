@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -85,10 +87,15 @@ def test_rows_are_padded_on_the_right_with_the_document_in_segment_1():
     assert found.segments.tolist() == [[0, 0, 1], [0, 0, 0], [1, 1, 0]]
 
 
-def test_an_encoder_takes_segments_and_a_decoder_does_not():
+def test_a_model_that_knows_2_segments_takes_them_and_one_that_knows_1_or_none_does_not():
     rows = Rows.padded([([5, 6], 1), ([7], 1)], pad=0)
-    assert set(rows.inputs("decoder")) == {"input_ids", "attention_mask"}
-    inputs = rows.inputs("encoder")
+
+    def inputs_of(**config):
+        return rows.inputs(SimpleNamespace(config=SimpleNamespace(**config)))
+
+    for config in ({}, {"type_vocab_size": 1}):  # a Llama, a RoBERTa
+        assert set(inputs_of(**config)) == {"input_ids", "attention_mask"}
+    inputs = inputs_of(type_vocab_size=2)
     assert inputs["token_type_ids"].tolist() == [[0, 1], [0, 0]]
     assert inputs["attention_mask"].tolist() == [[1, 1], [1, 0]] and inputs["attention_mask"].dtype == torch.long
 

@@ -193,8 +193,8 @@ def test_evidence_by_hand():
     assert a["attractiveness"] == pytest.approx(4 / 6.5)
     assert b["attractiveness"] == pytest.approx((1 + 2) / (1 + 1 + 4))
     assert found["coat", "b"]["attractiveness"] == pytest.approx((1 + 2) / (0.25 + 4))
-    assert (a["impressions"], a["clicks"], a["dwell_s"]) == (3, 2, 15.0)
-    assert b["dwell_s"] is None
+    assert (a["impressions"], a["clicks"], a["satisfied"], a["dwell_s"]) == (3, 2, 1, 15.0)
+    assert b["dwell_s"] is None and b["satisfied"] == 0
 
 
 def test_a_position_without_a_curve_counts_as_the_least_examined():

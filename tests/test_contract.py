@@ -107,6 +107,24 @@ def test_one_word_too_many_is_cut_and_at_the_limit_none(agreed, form):
     assert len(one(tokens, "red", "blue", " ".join(["rain"] * (room - 1)))[0]) == 23
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_passage_of_50_words_is_cut_into_pieces_of_22_22_and_6_each_opened_and_closed(agreed, form):
+    tokens = agreed[form]
+    long, none, short = tokens.passages(["shoe " * 49 + "rain", "", "red"])
+    bounds = {(piece[0], piece[-1]) for piece in (*long, *short)}
+    assert bounds == {(tokens.contract.open, tokens.contract.close)} and none == []
+    assert [len(piece) for piece in long] == [24, 24, 8] and [len(piece) for piece in short] == [3]
+    words = [token.removeprefix("\u0120") for piece in long for token in readable(tokens, piece[1:-1])]
+    assert words == ["shoe"] * 49 + ["rain"]
+
+
+def test_a_tokenizer_without_an_opening_token_leaves_room_for_one_more(agreed):
+    tokens = agreed["decoder"]
+    bare = Tokens(tokens.contract.model_copy(update={"open": None}), tokens._tokenizer)
+    [[first, second]] = bare.passages(["shoe " * 23 + "rain"])
+    assert (len(first), len(second)) == (24, 2) and first[0] == first[1]
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(texts, texts, texts)
 def test_any_text_is_closed_once_opened_once_and_parted_where_the_prompt_ends(agreed, query, title, summary):
@@ -139,10 +157,11 @@ def test_the_digest_changes_with_every_field(agreed):
         {"pad": 9},
         {"open": None},
         {"close": 9},
+        {"pooling": "mean"},
         *({name: getattr(contract, name) + 1} for name in ("max_query_tokens", "max_title_tokens", "max_tokens")),
     ]
     digests = {contract.model_copy(update=change).digest for change in changed}
-    assert len(digests) == 9 == len(Contract.model_fields) and contract.digest not in digests
+    assert len(digests) == 10 == len(Contract.model_fields) and contract.digest not in digests
     assert contract.digest == Contract.model_validate_json(contract.model_dump_json()).digest
 
 

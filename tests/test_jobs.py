@@ -85,7 +85,54 @@ def test_vllm_gives_the_logits_of_plain_transformers_to_1e_4(tiny, tiny_run):
     for group, expected in zip(groups, labelled, strict=True):
         rows = Rows.padded(tokens.listed(group["query"], group["docs"]), tokens.contract.pad)
         with torch.no_grad():
-            assert raw_scores(model, rows, "decoder").tolist() == pytest.approx(expected, abs=1e-4)
+            assert raw_scores(model, rows).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_training_says_how_it_went_and_keeps_its_best_weights(tiny_run):
+    for artefact, metric in (
+        ("decoder", "perplexity"),
+        ("teacher", "pair_accuracy"),
+        ("student", "teacher_pair_accuracy"),
+    ):
+        counts = tiny_run.manifest(artefact)["counts"]
+        at = {one["step"]: one[metric] for one in counts["validations"]}
+        assert len(at) == 5 and min(at) == 0 and max(at) == counts["steps"] == counts["curve"][-1]["step"]
+        best = (min if metric == "perplexity" else max)(value for step, value in at.items() if step)
+        assert counts["best"] == {"step": counts["best"]["step"], "metric": metric, "value": best}
+        assert counts[metric] == best == at[counts["best"]["step"]]
+
+
+def test_the_curves_of_each_training_are_there_for_tensorboard(tiny_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for stage, artefact in (("pretrain", "decoder"), ("finetune", "teacher"), ("distill", "student")):
+        counts = tiny_run.manifest(artefact)["counts"]
+        (folder,) = Path(tiny_run.at("tracking")).glob(f"{stage}-*")
+        events = EventAccumulator(str(folder)).Reload()
+        assert [one.step for one in events.Scalars("loss")] == list(range(1, counts["steps"] + 1))
+        measured = {one.step: one.value for one in events.Scalars(f"validation/{counts['best']['metric']}")}
+        assert measured[counts["best"]["step"]] == pytest.approx(counts["best"]["value"], rel=1e-6)
+        assert set(events.Tags()["scalars"]) >= {"loss", "lr", "gradient_norm", "tokens_per_second"}
+
+
+@pytest.mark.slow
+def test_2_workers_that_share_each_weight_train_adapters_and_leave_a_plain_teacher(ray_here, tiny, tiny_run, tmp_path):
+    """All that a recipe can ask of a training at once, on CPUs."""
+    root = Path(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    scale = {"workers": 2, "sharding": "fsdp", "lora_rank": 4, "recompute": True, "precision": "bfloat16"}
+    finetune = tiny["finetune"] | scale | {"accumulate": 2, "patience": 1, "keep_checkpoints": 1}
+    changed = recipe.parse(tiny | {"root": str(root), "finetune": finetune})
+    pipeline.run(changed, last="finetune")
+    store = Store(str(root))
+    mine, theirs = (s.manifest("teacher")["counts"] for s in (store, tiny_run))
+    assert 0 < mine["steps"] < theirs["steps"] / 3
+    ours, base = (
+        AutoModelForSequenceClassification.from_pretrained(s.folder(of), num_labels=1).state_dict()
+        for s, of in ((store, "teacher"), (tiny_run, "decoder"))
+    )
+    assert ours.keys() == base.keys()
+    changed_weights = {name for name in ours if not torch.equal(ours[name], base[name])}
+    assert changed_weights == {name for name in ours if name.startswith("score") or "_proj" in name}
 
 
 def test_the_report_has_three_runs_with_intervals_and_the_scores_it_came_from(tiny_run):
@@ -98,6 +145,7 @@ def test_the_report_has_three_runs_with_intervals_and_the_scores_it_came_from(ti
     assert scores.num_rows == 3 * sum(
         len(g["docs"]) for g in tiny_run.read("groups").to_pylist() if g["split"] == "test"
     )
+    assert report["training"].keys() == {"pretrain", "finetune", "distill"}
     assert "<html" in Path(tiny_run.at("report", "report.html")).read_text()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,16 +119,29 @@ def assert_same_labels(store: Store, undisturbed: Store) -> None:
 
 
 @pytest.mark.slow
-def test_training_killed_after_a_checkpoint_takes_every_step_once_with_the_losses_of_an_undisturbed_run(
-    cluster, tiny, tiny_run, tmp_path
+@pytest.mark.parametrize("victim", ["driver", "worker"])
+def test_training_killed_goes_on_after_its_last_checkpoint_with_the_curve_of_an_undisturbed_run(
+    cluster, tiny, tiny_run, tmp_path, victim
 ):
+    """A killed driver needs the same command again; a killed worker costs the steps since a checkpoint and no more."""
     root = copy_without(tiny_run, tmp_path, "student")
     content = tiny | {"root": str(root)}
     process = start(content, tmp_path, "distill", cluster.address)
-    kill_when(process, root, "runs/distill-*/checkpoint_manager_snapshot.json")
+    checkpoint = "runs/distill-*/checkpoint_manager_snapshot.json"
     store = Store(str(root))
-    assert store.finished("student") is None
-    pipeline.run(recipe.parse(content), last="distill")
-    mine, theirs = (dict(s.manifest("student")["counts"]["losses"]) for s in (store, tiny_run))
-    assert mine == pytest.approx(theirs, abs=1e-3)
+    if victim == "driver":
+        kill_when(process, root, checkpoint)
+        assert store.finished("student") is None
+        process = start(content, tmp_path, "distill", cluster.address)
+    else:
+        runs.until(lambda: list(root.glob(checkpoint)), process, 180)
+        (worker,) = runs.workers([cluster.head], "RayTrainWorker")
+        worker.kill()
+    assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()
+    (step,) = re.findall(r"goes on after step (\d+)", (tmp_path / "log").read_text())
+    assert int(step) >= 10 and int(step) % tiny["distill"]["checkpoint_every_steps"] == 0
+    mine, theirs = (s.manifest("student")["counts"] for s in (store, tiny_run))
+    assert [one["step"] for one in mine["curve"]] == [one["step"] for one in theirs["curve"]]
+    assert [one["loss"] for one in mine["curve"]] == pytest.approx([o["loss"] for o in theirs["curve"]], abs=1e-3)
+    assert mine["best"]["step"] == theirs["best"]["step"]
     assert not list((root / "runs").glob("distill-*"))

@@ -12,9 +12,8 @@ from disranker.labels import Labels
 from disranker.recipe import Refused
 from disranker.store import Store
 
-CONTRACT = Contract(
-    form="decoder", tokenizer="t", pad=0, open=1, close=2, max_query_tokens=4, max_title_tokens=4, max_tokens=16
-)
+LIMITS = {"max_query_tokens": 4, "max_title_tokens": 4, "max_tokens": 16}
+CONTRACT = Contract(form="decoder", tokenizer="t", pad=0, open=1, close=2, pooling="last", **LIMITS)
 KEYS = [labels.key([n], "teacher") for n in range(40)]
 ids = st.lists(st.integers(0, 2**31), max_size=8)
 

@@ -120,6 +120,13 @@ def test_margin_mse_ignores_a_shift_of_all_teacher_scores_and_point_mse_does_not
     assert value("pointwise", (1, 4), (5, 5)) != value("pointwise", (1, 4), (6, 6))
 
 
+def test_a_margin_by_gap_asks_3_times_as_much_of_grades_that_differ_by_3():
+    scores, real = row(1.0, 0.4, 0.0), torch.ones(1, 3, dtype=torch.bool)
+    # grades 3, 2, 0; gap 0.5 a grade: pairs want 0.5, 1.5 and 1.0, have 0.6, 1.0 and 0.4
+    assert losses.margin(scores, row(3, 2, 0), real, 0.5, True).item() == pytest.approx((0 + 0.5 + 0.6) / 3)
+    assert losses.margin(scores, row(3, 2, 0), real, 0.5).item() == pytest.approx((0 + 0 + 0.1) / 3)
+
+
 @pytest.mark.parametrize("loss", ["margin", "ranknet", "listwise"])
 def test_the_better_document_is_pushed_up_and_the_worse_down(loss):
     scores = row(0.1, 0.0).requires_grad_()

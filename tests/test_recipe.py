@@ -2,13 +2,17 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disranker import recipe
 from disranker.recipe import Refused
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def refusal(content):
@@ -101,6 +105,7 @@ def test_a_recipe_without_root_is_refused():
             "finetune: tokens_per_batch 383 cannot hold one list of 6 documents",
         ),
         ({"distill": {"tokens_per_batch": 383}}, "of 64 tokens; 384 or more can"),
+        ({"pretrain": {"tokens_per_batch": 63}}, "pretrain: tokens_per_batch 63 cannot hold one text of 64 tokens"),
         ({"student": {"max_tokens": 400}}, "6 documents of 400 tokens; 2400 or more"),
         ({"teacher": {"max_tokens": 400}}, "6 documents of 400 tokens; 2400 or more"),
         (
@@ -211,6 +216,38 @@ def test_a_missing_file_is_refused_by_its_path(tmp_path):
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         recipe.parse({"root": "r"}).seed = 2
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_that_comes_with_the_code_is_taken_as_it_is_written(path):
+    assert recipe.load(path).model_dump(exclude_unset=True) == yaml.load(path.read_text(), recipe._Loader)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "gpus", "tokens_a_step"),
+    [
+        ("decoder-0.6b.yaml", "Qwen/Qwen3-0.6B", 1, (32_768, 16_384)),
+        ("decoder-7b.yaml", "Qwen/Qwen2.5-7B-Instruct", 8, (65_536, 131_072)),
+    ],
+)
+def test_a_recipe_for_gpus_takes_as_many_as_the_page_on_memory_counts_with(name, base, gpus, tokens_a_step):
+    found = recipe.load(RECIPES / name)
+    stages = (found.pretrain, found.finetune)
+    assert found.teacher.base == base
+    assert [stage.workers * stage.gpus_per_worker for stage in stages] == [gpus, gpus]
+    assert (found.score.actors, found.score.gpus_per_actor, found.score.dtype) == (gpus, 1, "bfloat16")
+    assert tuple(stage.workers * stage.accumulate * stage.tokens_per_batch for stage in stages) == tokens_a_step
+    assert all(stage.precision == "bfloat16" and stage.recompute for stage in stages)
+    assert (found.teacher.max_tokens, found.student.max_tokens, found.student.layers) == (256, 256, 6)
+
+
+@pytest.mark.parametrize(("sharding", "workers"), [("ddp", 1), ("ddp", 2), ("fsdp", 8)])
+def test_adapters_go_with_either_way_of_spreading_a_7b_model(sharding, workers):
+    changes = {"sharding": sharding, "workers": workers, "lora_rank": 16, "lr": 1e-4}
+    overrides = [f"{stage}.{key}={value}" for stage in ("pretrain", "finetune") for key, value in changes.items()]
+    found = recipe.load(RECIPES / "decoder-7b.yaml", overrides)
+    assert (found.pretrain.lora_rank, found.finetune.lora_rank) == (16, 16)
+    assert (found.finetune.sharding, found.finetune.workers, found.finetune.lr) == (sharding, workers, 1e-4)
 
 
 values = st.recursive(

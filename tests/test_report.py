@@ -1,10 +1,11 @@
+import base64
 import json
 import re
 
 import numpy as np
 import pytest
 
-from disranker import report
+from disranker import pictures, report
 from disranker.metrics import METRICS
 from disranker.recipe import Evaluate, Publish, Refused
 
@@ -296,3 +297,89 @@ def test_a_log_without_positions_has_a_sentence_and_no_curve(found):
     text = page(found | {"click_models": bare | {"interventional": [], "models": []}})
     assert "read by the plain click rate (CTR): the recipe asks for it." in text
     assert len(re.findall("<img", text)) == 3 and "Agreement with grades" not in text
+
+
+def learned(metric, values, steps=1234):
+    """What the manifest of a trained model has; `values` of the metric by step, the largest one best."""
+    best = max(values, key=values.get)
+    return {
+        "steps": steps,
+        "curve": [{"step": step, "loss": 1 / step, "lr": 0.1} for step in range(1, 101)],
+        "validations": [{"step": step, metric: value} for step, value in values.items()],
+        "best": {"step": best, "metric": metric, "value": values[best]},
+    }
+
+
+TEACHER = learned("pair_accuracy", {0: 0.519, 900: 0.712, 1234: 0.704})
+PERPLEXITY = [
+    {"step": 0, "perplexity": 1043.2, "perplexity_head": 900.0, "perplexity_tail": 2000.0},
+    {"step": 500, "perplexity": 26.94, "perplexity_head": 20.0, "perplexity_tail": 40.0},
+]
+DECODER = learned("perplexity", {0: 0.0}, 500) | {
+    "validations": PERPLEXITY,
+    "best": {"step": 500, "metric": "perplexity", "value": 26.94},
+}
+
+
+def drawn(training):
+    """The pictures of how the models learned."""
+    return [source for stage in report._learned(training) for _, source in stage["pictures"]]
+
+
+def test_the_page_says_how_each_stage_went_in_their_order(found):
+    training = {"distill": learned("teacher_pair_accuracy", {0: 0.8, 44: 0.6}, 44), "finetune": TEACHER}
+    text = page(found | {"training": training | {"pretrain": DECODER}})
+    assert len(re.findall("<img", text)) == 3 + 6
+    assert re.findall(r"<h3>(\w+), .*</h3>\s*<p>(.*)</p>", text) == [
+        ("Decoder", "500 steps, best at step 500: perplexity 26.9 (1,043.2 at step 0)."),
+        ("Teacher", "1,234 steps, best at step 900: pair accuracy 0.71 (0.52 at step 0)."),
+        ("Student", "44 steps, best at step 0: teacher pair accuracy 0.80."),
+    ]
+
+
+def test_the_page_says_nothing_of_learning_where_the_report_has_none(found):
+    text = page(found)
+    assert "How the models learned" not in text
+    assert page(found | {"training": {}}) == page(found | {"training": {"finetune": {"steps": 3}}}) == text
+
+
+def test_a_stage_without_validation_queries_has_its_loss_alone(found):
+    bare = TEACHER | {"validations": [{"step": 0}, {"step": 1234}], "best": None}
+    assert "1,234 steps, none of them measured on validation queries." in page(found | {"training": {"finetune": bare}})
+    assert len(drawn({"finetune": bare})) == 1
+
+
+def test_each_picture_of_learning_moves_with_its_own_numbers_alone():
+    steep = TEACHER | {"curve": [{"step": step, "loss": 2 / step**2} for step in range(1, 101)]}
+    other = TEACHER | {"validations": [*TEACHER["validations"][:2], {"step": 1234, "pair_accuracy": 0.6}]}
+    chosen = TEACHER | {"best": TEACHER["best"] | {"step": 1234, "value": 0.704}}
+    loss, accuracy = drawn({"finetune": TEACHER})
+    assert drawn({"finetune": steep})[1] == accuracy != drawn({"finetune": other})[1]
+    assert drawn({"finetune": other})[0] == loss != drawn({"finetune": steep})[0]
+    assert drawn({"finetune": chosen})[1] != accuracy
+
+
+def test_perplexity_has_a_line_for_all_queries_and_for_each_band_that_was_measured():
+    assert report._lines(DECODER, "perplexity") == {
+        "all": "perplexity",
+        "head": "perplexity_head",
+        "tail": "perplexity_tail",
+    }
+    assert report._measured(DECODER, "perplexity_tail") == {0: 2000.0, 500: 40.0}
+    assert report._lines(TEACHER, "pair_accuracy") == {"pair accuracy": "pair_accuracy"}
+    other = DECODER | {"validations": [PERPLEXITY[0], PERPLEXITY[1] | {"perplexity_tail": 60.0}]}
+    assert drawn({"pretrain": other})[1] != drawn({"pretrain": DECODER})[1]
+
+
+def test_the_running_mean_of_a_loss_takes_as_many_neighbours_as_there_are():
+    assert pictures.means([0.0, 3.0, 6.0, 15.0], 1) == [1.5, 3.0, 8.0, 10.5]
+
+
+@pytest.mark.parametrize(
+    ("largest", "ticks"),
+    [(260.0, ["50", "100", "150", "200", "250"]), (280.0, ["50", "100", "200"])],
+)
+def test_the_axis_goes_by_factors_where_values_differ_more_than_tenfold(largest, ticks):
+    picture = pictures.validations({"all": {0: largest, 5: 27.0}}, (5, 27.0), "perplexity")
+    words = re.findall("<!-- (.*?) -->", base64.b64decode(picture.split(",")[1]).decode())
+    assert words[words.index("step") + 1 : words.index("perplexity")] == ticks

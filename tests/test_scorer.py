@@ -145,7 +145,7 @@ def test_an_engine_that_broke_on_the_way_ends_its_process(rows, tmp_path, monkey
         raise Ended(status)
 
     actor = scorer.Scorer.__new__(scorer.Scorer)
-    actor.labels, actor.form, actor.engine = labels.Labels(Store(str(tmp_path)), "t"), "decoder", Broken()
+    actor.labels, actor.segments, actor.engine = labels.Labels(Store(str(tmp_path)), "t"), False, Broken()
     monkeypatch.setattr(scorer.os, "_exit", end)
     with pytest.raises(Ended):
         actor.label(rows)

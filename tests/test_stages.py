@@ -139,6 +139,22 @@ def test_input_that_is_not_there_is_refused_before_anything_runs(real):
         steps(**real)
 
 
+def test_general_text_is_read_by_pretrain_alone_and_its_files_count(tmp_path):
+    for name in ("a.txt", "b.txt", "c.json"):
+        (tmp_path / name).write_text("rain\n")
+    cfg = {"pretrain": {"general": [str(tmp_path / "*.txt")]}}
+    found = steps(**cfg)
+    assert [name for name, step in found.items() if step.inputs] == ["pretrain"]
+    assert [path[-5:] for path, _, _ in found["pretrain"].inputs] == ["a.txt", "b.txt"]
+    (tmp_path / "b.txt").write_text("rain again\n")
+    assert steps(**cfg)["pretrain"].fingerprint != found["pretrain"].fingerprint
+
+
+def test_general_text_that_is_not_there_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(Refused, match=r"^pretrain\.general: nothing at .*none\.txt; give a file"):
+        steps(pretrain={"general": [str(tmp_path / "none.txt")]})
+
+
 def test_an_encoder_as_teacher_is_not_pretrained_and_its_files_count(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}')
     found = steps(teacher={"base": str(tmp_path)})

@@ -109,8 +109,8 @@ def test_a_student_from_nothing_has_the_shape_of_the_recipe_and_the_same_weights
 @torch.no_grad()
 def test_a_score_is_the_same_alone_and_in_a_padded_batch(model, tokens):
     rows = tokens.prompts(["red"] * 3, ["blue", "shoe " * 6, ""], ["", "warm " * 9, "rain"])
-    together = raw_scores(model, Rows.padded(rows, 0), "encoder")
-    alone = torch.cat([raw_scores(model, Rows.padded([row], 0), "encoder") for row in rows])
+    together = raw_scores(model, Rows.padded(rows, 0))
+    alone = torch.cat([raw_scores(model, Rows.padded([row], 0)) for row in rows])
     assert torch.allclose(together, alone, atol=1e-5) and len(set(together.tolist())) == 3
 
 
@@ -152,7 +152,7 @@ def test_the_loss_is_alpha_point_plus_beta_margin(model, tokens, alpha, beta):
     task = distillation(tokens, alpha=alpha, beta=beta)
     batch = task.batch([0])
     with torch.no_grad():
-        scores = raw_scores(model, batch.rows, "encoder").view(1, 3)
+        scores = raw_scores(model, batch.rows).view(1, 3)
         point = losses.point_mse(scores, batch.targets, batch.real)
         pairs = losses.margin_mse(scores, batch.targets, batch.real)
         assert task.loss(model, batch).item() == pytest.approx((alpha * point + beta * pairs).item(), rel=1e-6)
@@ -160,7 +160,7 @@ def test_the_loss_is_alpha_point_plus_beta_margin(model, tokens, alpha, beta):
 
 def test_agreement_is_1_with_ones_own_scores_and_0_with_them_turned_round(model, tokens):
     with torch.no_grad():
-        own = raw_scores(model, Rows.padded(tokens.listed("red", GROUP["docs"]), 0), "encoder").tolist()
+        own = raw_scores(model, Rows.padded(tokens.listed("red", GROUP["docs"]), 0)).tolist()
     turned = [-score for score in own]
     found = [distillation(tokens, validation=[of]).validate(model) for of in (own, turned)]
     assert found == [{"teacher_pair_accuracy": 1.0}, {"teacher_pair_accuracy": 0.0}]

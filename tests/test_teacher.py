@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import TINY, doc, save_decoder
-from test_engine import WORDS, save_student
+from test_engine import save_student
 from transformers import AutoConfig, AutoModelForCausalLM, BertModel
 
 from disranker import contract, losses, teacher
@@ -28,10 +28,6 @@ def tokens(folder):
 @pytest.fixture(scope="module")
 def scorer(folder, tokens):
     return teacher.scorer(folder, tokens, seed=1).eval()
-
-
-def example(query="red", title="blue shoe", summary="rain", weight=1.0):
-    return {"query": query, "title": title, "summary": summary, "weight": weight}
 
 
 # What the teacher is to learn
@@ -110,8 +106,8 @@ def test_words_start_alike_inside_a_text_and_at_its_start(tokens):
 def test_a_score_is_the_same_alone_and_in_a_padded_batch_to_5_digits(scorer, tokens):
     rows = tokens.prompts(["red"] * 4, ["blue", "shoe " * 6, "", "rain jacket"], ["", "warm " * 9, "x", "light"])
     assert len({len(ids) for ids, _ in rows}) == 4
-    together = teacher.raw_scores(scorer, Rows.padded(rows, tokens.contract.pad), "decoder")
-    alone = torch.cat([teacher.raw_scores(scorer, Rows.padded([row], 0), "decoder") for row in rows])
+    together = teacher.raw_scores(scorer, Rows.padded(rows, tokens.contract.pad))
+    alone = torch.cat([teacher.raw_scores(scorer, Rows.padded([row], 0)) for row in rows])
     assert together.shape == (4,) and together.isfinite().all() and len(set(together.tolist())) == 4
     assert torch.allclose(together, alone, atol=1e-5)
 
@@ -119,7 +115,7 @@ def test_a_score_is_the_same_alone_and_in_a_padded_batch_to_5_digits(scorer, tok
 @torch.no_grad()
 def test_the_score_is_that_of_the_closing_token(scorer, tokens):
     rows = tokens.prompts(["red", "red"], ["blue", "shoe " * 6], ["", ""])
-    found = teacher.raw_scores(scorer, Rows.padded(rows, 0), "decoder")
+    found = teacher.raw_scores(scorer, Rows.padded(rows, 0))
     hidden = scorer.model(input_ids=torch.tensor([rows[0][0]])).last_hidden_state[0, -1]
     assert found[0].item() == pytest.approx((scorer.score.weight[0] @ hidden).item(), abs=1e-5)
 
@@ -137,7 +133,7 @@ def test_a_saved_scorer_is_loaded_with_contract_and_the_same_scores(scorer, toke
     assert loaded.contract.digest == tokens.contract.digest
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     with torch.no_grad():
-        mine, theirs = (teacher.raw_scores(model, rows, "decoder") for model in (again, scorer))
+        mine, theirs = (teacher.raw_scores(model, rows) for model in (again, scorer))
     assert mine.tolist() == pytest.approx(theirs.tolist(), abs=1e-6)  # memory is laid out anew: not bit by bit
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in scorer.state_dict().items())
 
@@ -164,7 +160,7 @@ def test_a_copied_encoder_has_one_score(tmp_path):
     tokens = Tokens.agree(tmp_path / "copy", "encoder", TINY)
     model = teacher.scorer(tmp_path / "copy", tokens, 1)
     rows = Rows.padded(tokens.prompts(["red"], ["shoe"], [""]), 0)
-    assert teacher.raw_scores(model, rows, "encoder").shape == (1,)
+    assert teacher.raw_scores(model, rows).shape == (1,)
 
 
 def test_a_copied_encoder_without_a_head_gets_one_of_one_score(tmp_path):
@@ -178,45 +174,6 @@ def test_the_form_of_a_base_is_told_by_its_config(folder, tmp_path):
     assert contract.form("scratch") == contract.form(str(folder)) == "decoder"
     with pytest.raises(Refused, match=r"teacher\.base .*: no model there .*give a folder, a hub name, or scratch"):
         contract.form(str(tmp_path / "none"))
-
-
-# Continued pre-training
-
-
-def test_perplexity_counts_document_tokens_alone_and_each_of_them_once(folder, tokens):
-    rows = [example(), example("red shoe sale", "jacket", "", weight=50.0), example("x", "", "kids " * 9)]
-    found = teacher.Pretraining(rows[:1], rows, tokens).validate(model := teacher.language_model(folder))
-    surprise = []
-    with torch.no_grad():
-        for ids, of_query in tokens.prompts(*([row[name] for row in rows] for name in ("query", "title", "summary"))):
-            chances = model.eval()(torch.tensor([ids])).logits[0].log_softmax(-1)
-            surprise += [-chances[place - 1, ids[place]].item() for place in range(of_query, len(ids))]
-    assert found == {"perplexity": pytest.approx(math.exp(sum(surprise) / len(surprise)), rel=1e-4)}
-
-
-def test_perplexity_does_not_depend_on_how_many_are_scored_together(folder, tokens, monkeypatch):
-    rows = [example(title=" ".join(WORDS[:n])) for n in range(1, 8)]
-    model, task = teacher.language_model(folder), teacher.Pretraining([], rows, tokens)
-    whole = task.validate(model)
-    monkeypatch.setattr(teacher, "VALIDATION_BATCH", 2)
-    assert task.validate(model)["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
-    assert model.training and teacher.Pretraining([], [], tokens).validate(model) == {}
-
-
-def test_the_loss_is_weighted_and_the_query_carries_none(folder, tokens):
-    model = teacher.language_model(folder).eval()
-    rows = [example(weight=3.0), example("red shoe sale", "jacket", "warm rain", weight=1.0)]
-    task = teacher.Pretraining(rows, [], tokens)
-    both = task.batch([0, 1])
-    assert task.sizes == [(1, int(n)) for n in both.rows.real.sum(1)]
-    learned = both.rows.real & (both.rows.segments == 1)
-    with torch.no_grad():
-        single = [task.loss(model, task.batch([place])).item() for place in (0, 1)]
-        counts = learned.sum(1).tolist()
-        expected = (3 * counts[0] * single[0] + counts[1] * single[1]) / (3 * counts[0] + counts[1])
-        assert task.loss(model, both).item() == pytest.approx(expected, rel=1e-5)
-    ids, of_query = tokens.prompts(["red"], ["blue shoe"], ["rain"])[0]
-    assert counts[0] == len(ids) - of_query
 
 
 # Fine-tuning
@@ -242,7 +199,7 @@ def test_the_loss_of_the_recipe_is_taken(scorer, tokens, loss):
     task = teacher.Ranking([group(docs=docs)], [], tokens, Finetune(loss=loss, margin=0.25))
     batch = task.batch([0])
     with torch.no_grad():
-        scores = teacher.raw_scores(scorer, batch.rows, "decoder").view(1, 3)
+        scores = teacher.raw_scores(scorer, batch.rows).view(1, 3)
         expected = getattr(losses, loss)(scores, batch.targets, batch.real, *([0.25] if loss == "margin" else []))
         assert task.loss(scorer, batch).item() == pytest.approx(expected.item())
 
@@ -252,7 +209,7 @@ class ByLength(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.weight, self.config = torch.nn.Parameter(torch.ones(1)), SimpleNamespace()
 
     def forward(self, attention_mask, **_):
         return SimpleNamespace(logits=attention_mask.sum(1, keepdim=True) * self.weight)
@@ -264,10 +221,10 @@ def test_4_of_5_pairs_in_the_right_order_are_an_accuracy_of_080():
         Group([([1], 1), ([1, 1], 1), ([1, 1], 1)], [0.0, 1.0, 1.0]),  # 2 of 2
     ]
     model = ByLength()
-    assert teacher.pair_accuracy(model, groups, 0, "decoder") == pytest.approx(4 / 5)
-    assert teacher.pair_accuracy(model, groups[:1], 0, "decoder") == pytest.approx(2 / 3)
-    assert model.training and math.isnan(teacher.pair_accuracy(model, [], 0, "decoder"))
-    assert model(**collate(groups, 0).rows.inputs("decoder")).logits.shape == (6, 1)
+    assert teacher.pair_accuracy(model, groups, 0) == pytest.approx(4 / 5)
+    assert teacher.pair_accuracy(model, groups[:1], 0) == pytest.approx(2 / 3)
+    assert model.training and math.isnan(teacher.pair_accuracy(model, [], 0))
+    assert model(**collate(groups, 0).rows.inputs(model)).logits.shape == (6, 1)
 
 
 def test_saving_to_a_folder_with_another_tokenizer_replaces_it(scorer, tokens, folder, tmp_path):

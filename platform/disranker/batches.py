@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Rows(NamedTuple):
@@ -33,10 +33,11 @@ class Rows(NamedTuple):
     def to(self, device: torch.device) -> Self:
         return type(self)(*(tensor.to(device) for tensor in self))
 
-    def inputs(self, form: str) -> dict[str, Tensor]:
-        """What a Hugging Face model of this form takes."""
+    def inputs(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a Hugging Face model takes: the segments only where it tells them apart."""
         inputs = {"input_ids": self.ids, "attention_mask": self.real.long()}
-        return inputs | ({"token_type_ids": self.segments} if form == "encoder" else {})
+        segments = getattr(model.config, "type_vocab_size", 0) > 1
+        return inputs | ({"token_type_ids": self.segments} if segments else {})
 
 
 @dataclass(frozen=True)

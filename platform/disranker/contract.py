@@ -34,6 +34,7 @@ class Contract(pydantic.BaseModel):
     max_query_tokens: int
     max_title_tokens: int
     max_tokens: int
+    pooling: Literal["last", "mean"] | None  # which tokens of a decoder its score is of; an encoder has its own way
 
     @property
     def digest(self) -> str:
@@ -82,6 +83,9 @@ class Tokens:
                 f"tokenizer in {folder}: the closing token ({closed}) and the padding token ({named.pad_token_id}) "
                 "must both exist and differ; set pad_token in its tokenizer_config.json"
             )
+        pooling = limits.pooling if isinstance(limits, Teacher) else None
+        if form == "encoder" and pooling == "mean":
+            raise Refused(f"teacher.pooling mean is for decoders; {folder} holds an encoder")
         contract = Contract(
             form=form,
             tokenizer=file_digest(Path(folder) / "tokenizer.json"),
@@ -91,6 +95,7 @@ class Tokens:
             max_query_tokens=limits.max_query_tokens,
             max_title_tokens=limits.max_title_tokens,
             max_tokens=limits.max_tokens,
+            pooling=pooling if form == "decoder" else None,
         )
         return cls(contract, Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
 
@@ -120,6 +125,16 @@ class Tokens:
     def listed(self, query: str, docs: Sequence[dict[str, Any]]) -> list[tuple[list[int], int]]:
         """As `prompts`, for the documents of one query: rows with `title` and `summary`."""
         return self.prompts([query] * len(docs), [doc["title"] for doc in docs], [doc["summary"] for doc in docs])
+
+    def passages(self, texts: Sequence[str]) -> list[list[list[int]]]:
+        """Ids of each text alone, in pieces of at most `max_tokens`, each opened and closed; none of an empty text."""
+        c = self.contract
+        opened = [] if c.open is None else [c.open]
+        room = c.max_tokens - len(opened) - 1
+        return [
+            [[*opened, *ids[start : start + room], c.close] for start in range(0, len(ids), room)]
+            for ids in self._encode(texts)
+        ]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         # A leading space gives a word the same ids at the start of a field as inside it (byte-level vocabularies).

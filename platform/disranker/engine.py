@@ -53,7 +53,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, prompts: Sequence[Prompt]) -> list[float]:
         rows = Rows.padded(prompts, self.tokens.contract.pad)
-        output = self._model(**rows.inputs(self.tokens.contract.form))
+        output = self._model(**rows.inputs(self._model))
         return cast(list[float], output.logits.squeeze(-1).tolist())
 
 

@@ -1,26 +1,30 @@
 """The training loop over a plan of batches; knows no cluster.
 
-All that decides a step is its number: the plan of every epoch is made before the first, from the seed. So a run that
-died goes on at the step after its last checkpoint and neither repeats nor skips a group.
+All that decides a step is its number: the plan of every epoch is made before the first, from the seed, and so is what
+dropout drops. So a run that died goes on at the step after its last checkpoint and neither repeats nor skips a group.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from disranker import batches
+from disranker import batches, spread
 from disranker.recipe import Refused, Training
+
+Measured = dict[str, float]
+Plan = Sequence[list[list[int]]]  # of each step: its batches, each the places of its items
 
 
 class Task(Protocol):
     """What one training stage learns, held in memory."""
 
     sizes: list[tuple[int, int]]  # of each item: rows, ids of the longest
+    metric: str  # of those that `validate` gives, the one that decides which weights are best
+    larger_is_better: bool
 
     def batch(self, places: list[int]) -> Any:
         """The items at these places as tensors with `.to(device)`."""
@@ -28,38 +32,40 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """A number to make small."""
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: nn.Module) -> Measured:
         """How good the model is on the validation queries."""
 
 
 @dataclass(frozen=True)
 class Progress:
     step: int  # steps done
-    steps: int
-    loss: float
+    loss: float  # mean over the batches of this rank
     lr: float
-    tokens: int  # real tokens in the batch of this rank
+    gradient_norm: float  # before it is clipped, over all ranks
+    tokens: int  # real tokens in the batches of this rank
 
 
-def steps(task: Task, cfg: Training, seed: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
-    """The batches of all epochs for one rank; every rank gets equally many, and a batch goes to one rank only.
+def steps(task: Task, cfg: Training, seed: int, rank: int = 0, ranks: int = 1) -> list[list[list[int]]]:
+    """The batches of each step of all epochs for one rank; every rank has equally many, and a batch goes to one only.
 
-    What is left over of an epoch, less than one batch a rank, is dealt in the next epoch's shuffle. Raises `Refused`
-    where there is nothing to train on.
+    What is left over of an epoch, less than one batch a rank, is dealt in the next epoch's shuffle; the last step of an
+    epoch may have fewer batches than `accumulate`. Raises `Refused` where there is nothing to train on.
     """
     if not task.sizes:
         raise Refused("nothing to train on: no row of the training split has what this stage learns from")
-    whole: list[list[int]] = []
+    found: list[list[list[int]]] = []
     for epoch in range(cfg.epochs):
         planned = batches.plan(task.sizes, cfg.tokens_per_batch, seed=seed * 1000 + epoch)
         each = len(planned) // ranks or 1
-        whole += [planned[place % len(planned)] for place in range(rank, each * ranks, ranks)]
-    return whole
+        mine = [planned[place % len(planned)] for place in range(rank, each * ranks, ranks)]
+        found += [mine[at : at + cfg.accumulate] for at in range(0, each, cfg.accumulate)]
+    return found
 
 
 def optimizer(model: nn.Module, cfg: Training, total: int) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW, with a learning rate that rises over the warm-up and falls along a cosine to zero."""
-    adam = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     warmup = max(1, round(cfg.warmup_share * total))
 
     def factor(step: int) -> float:
@@ -70,54 +76,120 @@ def optimizer(model: nn.Module, cfg: Training, total: int) -> tuple[torch.optim.
     return adam, torch.optim.lr_scheduler.LambdaLR(adam, factor)
 
 
-def fit(
-    model: nn.Module,
-    task: Task,
-    planned: Sequence[list[int]],
-    cfg: Training,
-    state: dict[str, Any] | None = None,
-) -> Iterator[tuple[Progress, Callable[[], dict[str, Any]]]]:
-    """Trains in place, one step each time it is asked; yields where it is and a function that gives the state to save.
+class Fit:
+    """A model in training, in place: how far it is, how it went, and its weights when it was best."""
 
-    Raises `FloatingPointError` where the loss is not a finite number.
-    """
-    adam, schedule = optimizer(model, cfg, len(planned))
-    device = next(model.parameters()).device
-    done = 0
-    if state:
-        done = state["step"]
-        plain(model).load_state_dict(state["model"])
-        adam.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    model.train()
-    for step in range(done, len(planned)):
-        batch = task.batch(planned[step]).to(device)
-        loss = task.loss(model, batch)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"loss {loss.item()} at step {step + 1}: lower lr {cfg.lr} or clip_norm {cfg.clip_norm}"
-            )
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
-        adam.step()
-        lr = schedule.get_last_lr()[0]
-        schedule.step()
-        yield (
-            Progress(step + 1, len(planned), loss.item(), lr, int(batch.rows.real.sum())),
-            partial(_state, step + 1, model, adam, schedule),
-        )
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        planned: Plan,
+        cfg: Training,
+        seed: int = 0,
+        agreed: Callable[[Measured], Measured] = dict,
+    ):
+        """`seed` differs between ranks; `agreed` gives what the first rank measured, to all."""
+        self.model, self.task, self.planned, self.cfg = model, task, planned, cfg
+        self._seed, self._agreed = seed, agreed
+        self._device = next(model.parameters()).device
+        self._adam, self._schedule = optimizer(model, cfg, len(planned))
+        self._validated_at = {round(len(planned) * n / cfg.validations) for n in range(1, cfg.validations + 1)}
+        self._best: spread.Weights = {}
+        self.done = 0
+        self.curve: list[dict[str, float]] = []  # a `Progress` for each step
+        self.validations: list[Measured] = []  # with the step after which they were made, first of all 0
+        self.best: dict[str, Any] | None = None  # step, metric, value
 
+    def steps(self) -> Iterator[Progress]:
+        """Trains one step each time it is asked, to the end of the plan or of its patience.
 
-def _state(done: int, model: nn.Module, adam: torch.optim.Optimizer, schedule: Any) -> dict[str, Any]:
-    return {
-        "step": done,
-        "model": plain(model).state_dict(),
-        "optimizer": adam.state_dict(),
-        "schedule": schedule.state_dict(),
-    }
+        Raises `FloatingPointError` where the loss is not a finite number.
+        """
+        if not self.validations:
+            self._validate()
+        self.model.train()
+        while self.done < len(self.planned) and not self._tired():
+            progress = self._step()
+            self.curve.append(asdict(progress))
+            if self.done in self._validated_at:
+                self._validate()
+            yield progress
 
+    def finish(self) -> None:
+        """Takes the best weights, where something was measured."""
+        if self._best:
+            spread.put(self.model, self._best)
 
-def plain(model: nn.Module) -> nn.Module:
-    """The model itself, out of the wrapper that spreads it over ranks."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    def state(self) -> dict[str, Any]:
+        """What `load` goes on from, of this rank's share of the model."""
+        return {
+            "step": self.done,
+            "model": spread.mine(self.model),
+            "optimizer": spread.optimizer_state(self._adam),
+            "schedule": self._schedule.state_dict(),
+            "curve": self.curve,
+            "validations": self.validations,
+            "best": self.best,
+            "best_model": self._best,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.done, self.curve, self.validations = state["step"], state["curve"], state["validations"]
+        self.best, self._best = state["best"], state["best_model"]
+        spread.put(self.model, state["model"])
+        spread.put_optimizer_state(self._adam, state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+    def _step(self) -> Progress:
+        torch.manual_seed(self._seed * 1_000_003 + self.done)
+        self._adam.zero_grad()
+        together = [self.task.batch(places).to(self._device) for places in self.planned[self.done]]
+        losses = [self._backward(batch, len(together), batch is together[-1]) for batch in together]
+        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm)
+        self._adam.step()
+        lr = self._schedule.get_last_lr()[0]
+        self._schedule.step()
+        self.done += 1
+        whole_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        tokens = sum(int(batch.rows.real.sum()) for batch in together)
+        return Progress(self.done, sum(losses) / len(losses), lr, float(whole_norm), tokens)
+
+    def _backward(self, batch: Any, batches: int, last: bool) -> float:
+        with spread.exchanging(self.model, last):
+            with self._computing():
+                loss = self.task.loss(self.model, batch)
+            value = float(loss.item())
+            if not math.isfinite(value):
+                cfg = self.cfg
+                raise FloatingPointError(
+                    f"loss {value} at step {self.done + 1}: lower lr {cfg.lr} or clip_norm {cfg.clip_norm}"
+                )
+            (loss / batches).backward()
+        return value
+
+    def _validate(self) -> None:
+        with self._computing():
+            measured = self._agreed(self.task.validate(spread.plain(self.model)))
+        known = {name: value for name, value in measured.items() if math.isfinite(value)}
+        self.validations.append({"step": self.done, **known})
+        value = known.get(self.task.metric)
+        # Before the first step there is nothing to keep: a stage gives what it trained.
+        if self.done and value is not None and self._better(value):
+            self.best = {"step": self.done, "metric": self.task.metric, "value": value}
+            self._best = spread.mine(self.model)
+
+    def _better(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        gain = float(value - self.best["value"])
+        return gain > 0 if self.task.larger_is_better else gain < 0
+
+    def _tired(self) -> bool:
+        """Whether as many validations as the recipe has patience for went by since the best."""
+        if not self.cfg.patience or self.best is None:
+            return False
+        since = [one for one in self.validations if one["step"] > self.best["step"]]
+        return len(since) >= self.cfg.patience
+
+    def _computing(self) -> Any:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16")

@@ -13,10 +13,13 @@ def pairs_above(targets: Tensor, real: Tensor) -> Tensor:
     return (targets.unsqueeze(2) > targets.unsqueeze(1)) & _both(real)
 
 
-def margin(scores: Tensor, targets: Tensor, real: Tensor, gap: float) -> Tensor:
-    """mean over pairs y_i > y_j of max(0, gap - (s_i - s_j)): the paper's rank loss in its probable form."""
-    above = pairs_above(targets, real)
-    return _mean((gap - _differences(scores, real)).clamp(min=0), above)
+def margin(scores: Tensor, targets: Tensor, real: Tensor, gap: float, by_target: bool = False) -> Tensor:
+    """mean over pairs y_i > y_j of max(0, gap - (s_i - s_j)): the paper's rank loss in its probable form.
+
+    `by_target`: the gap is that of targets that differ by 1, and grows with y_i - y_j.
+    """
+    wanted = gap * _differences(targets, real) if by_target else gap
+    return _mean((wanted - _differences(scores, real)).clamp(min=0), pairs_above(targets, real))
 
 
 def ranknet(scores: Tensor, targets: Tensor, real: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -59,25 +60,78 @@ def curves(found: Mapping[str, Mapping[int, float]], points: Sequence[Mapping[st
 
     def draw(axes: "Axes") -> None:
         for i, (name, curve) in enumerate(found.items()):
-            axes.plot(list(curve), list(curve.values()), "o-", color=COLOURS[i % 6], label=name, markersize=3.5)
+            axes.plot(*_xy(curve), "o-", color=COLOURS[i % 6], label=name, markersize=3.5)
         if points:
             at, value, low, high = (_column(points, key) for key in ("position", "examination", "low", "high"))
             axes.vlines(at, low, high, color=INK, linewidth=1.2, zorder=3)
             axes.plot(at, value, "D", color=INK, markersize=4.5, label="shuffled pages", zorder=4)
-        _plane(axes, "position", label)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, handlelength=1.4, fontsize=9)
+        _plane(axes, "position", label, 10)
+        axes.set_ylim(bottom=0)
+        _legend(axes, 3)
 
     return _picture(draw, 7)
 
 
-def _plane(axes: "Axes", across: str, up: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+def losses(found: Mapping[int, float], label: str) -> str:
+    """The loss by step, pale, and over it the mean of its neighbours, which shows where it goes."""
+
+    def draw(axes: "Axes") -> None:
+        steps, values = _xy(found)
+        axes.plot(steps, values, color=COLOURS[2], alpha=0.3, linewidth=1)
+        axes.plot(steps, means(values, max(1, len(values) // 20)), color=COLOURS[2], linewidth=2)
+        _plane(axes, "step", label, 5)
+
+    return _picture(draw, 5)
+
+
+def means(values: Sequence[float], reach: int) -> list[float]:
+    """Of each value and `reach` neighbours on either side, of fewer at the ends."""
+    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def validations(found: Mapping[str, Mapping[int, float]], best: tuple[int, float], label: str) -> str:
+    """A line over steps for each name of `found`, the first one strongest; `best` is a step and its value."""
+
+    def draw(axes: "Axes") -> None:
+        for i, (name, values) in enumerate(found.items()):
+            colour, width, order = COLOURS[(2, 0, 1, 4)[i % 4]], 1 if i else 2, 2 if i else 3
+            axes.plot(*_xy(values), "o-", color=colour, linewidth=width, zorder=order, markersize=4, label=name)
+        axes.plot(*best, "o", color=COLOURS[3], markersize=10, zorder=4, label="best")
+        _plane(axes, "step", label, 5)
+        _scale(axes, [value for values in found.values() for value in values.values()])
+        _legend(axes, len(found) + 1)
+
+    return _picture(draw, 5)
+
+
+def _scale(axes: "Axes", values: Sequence[float]) -> None:
+    """By factors where a plain axis would show the largest value and press the rest onto the floor."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    if 0 < 10 * min(values) < max(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _plane(axes: "Axes", across: str, up: str, most: int) -> None:
+    """Labels, and whole numbers at `most` places of the floor."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     axes.set_xlabel(across, color=GREY)
     axes.set_ylabel(up, color=GREY)
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _quiet(axes, "y")
+
+
+def _xy(curve: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    return list(curve), list(curve.values())
+
+
+def _legend(axes: "Axes", columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, handlelength=1.4, fontsize=9)
 
 
 def _points(axes: "Axes", names: Sequence[str], found: Sequence[Interval], colours: Sequence[str], label: str) -> None:

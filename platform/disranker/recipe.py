@@ -75,6 +75,9 @@ class Model(Settings):
 class Teacher(Model):
     """A decoder, or a sequence-classification encoder."""
 
+    # Of a decoder: the last token, which alone has seen all before it, or the mean of all; an encoder has its own way.
+    pooling: Literal["last", "mean"] = "last"
+
     @pydantic.model_validator(mode="after")
     def _runs_on_vllm(self) -> Self:
         if self.base == "scratch" and self.width // self.heads % 32:
@@ -99,16 +102,30 @@ class Training(Settings):
     warmup_share: Annotated[float, Ge(0), Lt(1)] = 0.1
     weight_decay: Annotated[float, Ge(0)] = 0.01
     clip_norm: Positive = 1.0
-    tokens_per_batch: Count = 2048  # of one worker
+    tokens_per_batch: Count = 2048  # of one worker, padding included
+    accumulate: Count = 1  # batches of each worker to a step
+    validations: Count = 4  # evenly over the run; the weights of the best one are what the stage gives
+    patience: Amount = 0  # validations in a row without a better one that end the run early; 0: none do
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimiser keep float32
+    recompute: bool = False  # activations are computed again for the gradient: a third more time, far less memory
+    lora_rank: Amount = 0  # 0: all weights are trained
+    lora_alpha: Count = 32
     checkpoint_every_steps: Count = 100
+    keep_checkpoints: Count = 2
     workers: Count = 1  # data parallel
+    sharding: Literal["ddp", "fsdp"] = "ddp"  # each worker holds the whole model, or a share of it
     cpus_per_worker: Count = 1
-    gpus_per_worker: Amount = 0
+    gpus_per_worker: Annotated[int, Ge(0), Le(1)] = 0
 
 
 class Pretrain(Training):
     epochs: Count = 4
     lr: Positive = 2e-3
+    satisfied_weight: Annotated[float, Ge(1)] = 2.0  # a click that satisfied counts as so many
+    general: list[str] = pydantic.Field(
+        default_factory=list
+    )  # files of plain text, so that a pretrained model does not forget its language
+    general_share: Annotated[float, Ge(0), Lt(1)] = 0.1  # of the tokens of an epoch, where there are such files
 
 
 class Finetune(Training):
@@ -117,6 +134,7 @@ class Finetune(Training):
     labels: Literal["grades", "evidence", "grades_then_evidence"] = "grades_then_evidence"
     loss: Literal["margin", "ranknet", "listwise", "pointwise"] = "ranknet"
     margin: Positive = 0.5
+    margin_by_gap: bool = False  # the margin is that of a difference of 1 in the targets, and grows with it
     min_impressions: Amount = 5  # below, a pair's attractiveness is no label
 
 
@@ -202,6 +220,11 @@ class Recipe(Settings):
         per_list = self.sample.judged + self.sample.shown + self.sample.bm25 + self.sample.random
         if per_list < 2:
             raise ValueError("sample: judged, shown, bm25 and random give fewer than the 2 documents a rank loss needs")
+        if self.pretrain.tokens_per_batch < self.teacher.max_tokens:
+            raise ValueError(
+                f"pretrain: tokens_per_batch {self.pretrain.tokens_per_batch} cannot hold one text of "
+                f"{self.teacher.max_tokens} tokens (teacher.max_tokens)"
+            )
         for stage, model in (("finetune", self.teacher), ("distill", self.student)):
             cfg = getattr(self, stage)
             documents = min(per_list, cfg.documents_per_list)

@@ -27,6 +27,7 @@ CLICK_MODELS = {
     "pbm": "position-based model (PBM)",
     "dbn": "dynamic Bayesian network (DBN)",
 }
+LEARNED = {"pretrain": "Decoder, pre-trained", "finetune": "Teacher, fine-tuned", "distill": "Student, distilled"}
 
 
 def evaluate(
@@ -132,6 +133,7 @@ def html(report: Report, *, title: str, facts: Mapping[str, str], examples: list
         sentences=_sentences(report),
         pictures=_pictures(report),
         clicks=_clicks(report.get("click_models")),
+        learned=_learned(report.get("training") or {}),
     )
 
 
@@ -261,6 +263,53 @@ def _looked(found: Mapping[str, Any], curve: Mapping[int, float]) -> str:
     if found["click_model"] == "ctr" or not curve.get(1) or FIRST not in curve:
         return said
     return f"{said} By it, result {FIRST} is looked at {curve[FIRST] / curve[1]:.0%} as often as the first."
+
+
+def _learned(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the page says of each stage that trained a model, with (caption, data URI); `found` as manifests have it."""
+    trained = {called: found[stage] for stage, called in LEARNED.items() if found.get(stage, {}).get("curve")}
+    return [
+        {"called": called, "sentence": _outcome(counts), "pictures": _lessons(counts)}
+        for called, counts in trained.items()
+    ]
+
+
+def _outcome(counts: Mapping[str, Any]) -> str:
+    said, best = f"{counts['steps']:,} steps", counts.get("best")
+    if not best:
+        return f"{said}, none of them measured on validation queries."
+    said += f", best at step {best['step']:,}: {_spaced(best['metric'])} {_short(best['value'])}"
+    step, value = next(iter(_measured(counts, best["metric"]).items()))
+    return f"{said}." if step == best["step"] else f"{said} ({_short(value)} at step {step:,})."
+
+
+def _lessons(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    curve = {point["step"]: point["loss"] for point in counts["curve"]}
+    drawn = [("Loss in training", pictures.losses(curve, "loss"))]
+    if best := counts.get("best"):
+        called = _spaced(best["metric"])
+        lines = {name: _measured(counts, metric) for name, metric in _lines(counts, best["metric"]).items()}
+        picture = pictures.validations(lines, (best["step"], best["value"]), called)
+        drawn.append((f"{_capital(called)} on validation queries", picture))
+    return drawn
+
+
+def _lines(counts: Mapping[str, Any], metric: str) -> dict[str, str]:
+    """The lines of a metric: all queries, then each band of them where it was measured apart."""
+    apart = {band: f"{metric}_{band}" for band in BANDS if _measured(counts, f"{metric}_{band}")}
+    return {"all" if apart else _spaced(metric): metric} | apart
+
+
+def _measured(counts: Mapping[str, Any], metric: str) -> dict[int, float]:
+    return {point["step"]: point[metric] for point in counts["validations"] if metric in point}
+
+
+def _spaced(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.1f}"
 
 
 def _pictures(report: Report) -> list[tuple[str, str]]:

@@ -9,12 +9,14 @@ from pyarrow import fs
 from disranker import contract, ledger, store, trec
 from disranker.recipe import Recipe, Refused, digest
 
-FORMAT = 1  # of the tables; a change does every stage again
+FORMAT = 2  # of the tables; a change does every stage again
 
 # How a stage is done, not what comes out: a change of these leaves what stands.
 HOW = frozenset(
     {
         "checkpoint_every_steps",
+        "keep_checkpoints",
+        "recompute",
         "cpus_per_worker",
         "gpus_per_worker",
         "actors",
@@ -158,6 +160,8 @@ def _outside(recipe: Recipe, stage: Stage) -> Iterator[str]:
             if what == "judgments":
                 yield from sorted({queries for file in files if (queries := trec.beside(file))})
         yield from _forgotten(recipe)
+    if stage.name == "pretrain":
+        yield from store.expand(recipe.pretrain.general, "general", "pretrain")
     bases = {"pretrain": recipe.teacher.base, "finetune": recipe.teacher.base, "distill": recipe.student.base}
     for name, base in bases.items():
         if stage.name == name and base != "scratch" and store.is_folder(base):

@@ -201,13 +201,16 @@ def _write_arrow(rows: pa.Table, out: IO[bytes]) -> None:
         writer.write_table(rows)
 
 
-def expand(patterns: list[str], what: str) -> list[str]:
-    """The files that paths, globs, folders or URIs name, sorted. Raises `Refused` for one that names none."""
+def expand(patterns: list[str], what: str, section: str = "data") -> list[str]:
+    """The files that paths, globs, folders or URIs name, sorted. Raises `Refused` for one that names none.
+
+    The patterns are the setting `what` of a section of the recipe.
+    """
     found: list[str] = []
     for pattern in patterns:
         files = _matches(pattern)
         if not files:
-            raise Refused(f"data.{what}: nothing at {pattern}; give a file, a folder or a glob that exists")
+            raise Refused(f"{section}.{what}: nothing at {pattern}; give a file, a folder or a glob that exists")
         found += files
     return sorted(set(found))
 

@@ -91,6 +91,8 @@ def load(folder: str | Path) -> nn.Module:
 class Distillation:
     """Lists with the teacher's scores, standardised by the mean and deviation of the whole label set."""
 
+    metric, larger_is_better = "teacher_pair_accuracy", True
+
     def __init__(
         self,
         train: Sequence[tuple[Mapping[str, Any], Sequence[float]]],
@@ -113,12 +115,12 @@ class Distillation:
         return collate([self._train[place] for place in places], self._pad)
 
     def loss(self, model: nn.Module, batch: Lists) -> Tensor:
-        scores = batch.spread(raw_scores(model, batch.rows, "encoder"))
+        scores = batch.spread(raw_scores(model, batch.rows))
         return losses.hybrid(scores, batch.targets, batch.real, self._cfg.alpha, self._cfg.beta)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Agreement with the teacher on queries that it was not trained on."""
-        return {"teacher_pair_accuracy": pair_accuracy(model, self._validation, self._pad, "encoder")}
+        return {"teacher_pair_accuracy": pair_accuracy(model, self._validation, self._pad)}
 
 
 def standardised(scores: Sequence[float], mean: float, deviation: float) -> list[float]:

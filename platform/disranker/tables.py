@@ -55,6 +55,7 @@ SCHEMAS = {
             ("doc_id", pa.string()),
             ("impressions", pa.int32()),
             ("clicks", pa.int32()),
+            ("satisfied", pa.int32()),  # clicks that satisfied, as `aggregate.satisfied_dwell_s` tells
             ("attractiveness", pa.float32()),
             ("dwell_s", pa.float32()),  # mean over clicks that carry one, null without
         ]
@@ -72,9 +73,11 @@ SCHEMAS = {
         [
             ("query", pa.string()),
             ("split", pa.string()),  # train, or validation for the held-out perplexity
+            ("band", pa.string()),  # of the query
             ("title", pa.string()),
             ("summary", pa.string()),
-            ("weight", pa.float32()),
+            ("attractiveness", pa.float32()),
+            ("satisfied_share", pa.float32()),  # of its clicks
         ]
     ),
     "groups": pa.schema(

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from disranker import losses
+from disranker import losses, spread
 from disranker.batches import Group, Lists, Rows, collate, deal
 from disranker.contract import Form, Tokens
 from disranker.recipe import Finetune
@@ -16,8 +17,6 @@ from disranker.recipe import Teacher as TeacherSettings
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
-
-VALIDATION_BATCH = 32  # items scored together when validating
 
 
 def scratch(folder: str | Path, texts: Iterable[str], cfg: TeacherSettings, seed: int) -> None:
@@ -65,7 +64,7 @@ def copy(base: str, folder: str | Path, form: Form) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     kind = AutoModelForCausalLM if form == "decoder" else AutoModelForSequenceClassification
-    extra = {} if form == "decoder" else {"num_labels": 1}
+    extra = {} if form == "decoder" else {"num_labels": 1, "ignore_mismatched_sizes": True}
     torch.manual_seed(0)
     kind.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **extra).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
@@ -78,7 +77,7 @@ def language_model(folder: str | Path) -> "PreTrainedModel":
     return model
 
 
-def scorer(folder: str | Path, tokens: Tokens, seed: int) -> "PreTrainedModel":
+def scorer(folder: str | Path, tokens: Tokens, seed: int) -> "PreTrainedModel | MeanPooled":
     """The model of a folder with a head that gives one raw logit; a new head where it has none."""
     from transformers import AutoModelForSequenceClassification
 
@@ -87,79 +86,57 @@ def scorer(folder: str | Path, tokens: Tokens, seed: int) -> "PreTrainedModel":
         folder, num_labels=1, dtype=torch.float32, use_safetensors=True
     )
     model.config.pad_token_id = tokens.contract.pad  # a decoder's score is taken at the last token that is not this
-    return model
+    return MeanPooled(model) if tokens.contract.pooling == "mean" else model
 
 
-def save(model: "PreTrainedModel", tokens: Tokens, tokenizer_folder: str | Path, folder: str | Path) -> None:
+class MeanPooled(nn.Module):
+    """A decoder that scores the mean of all its tokens, where transformers scores the last one alone."""
+
+    def __init__(self, model: "PreTrainedModel"):
+        super().__init__()
+        self.model: Any = model
+        self.config = model.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # The head is one linear layer, so that the mean of its scores is the score of the mean.
+        scores = self.model.score(hidden).squeeze(-1).float().masked_fill(attention_mask == 0, 0)
+        return SimpleNamespace(logits=(scores.sum(1) / attention_mask.sum(1)).unsqueeze(-1))
+
+
+def save(
+    model: "PreTrainedModel | MeanPooled", tokens: Tokens, tokenizer_folder: str | Path, folder: str | Path
+) -> None:
     """A plain Hugging Face folder with its tokenizer and `contract.json`."""
     from transformers import AutoTokenizer
 
-    model.save_pretrained(folder)
+    hugging_face(model).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
     # save_pretrained may write tokenizer.json anew; the contract holds the digest of the bytes it was made with.
     (Path(folder) / "tokenizer.json").write_bytes((Path(tokenizer_folder) / "tokenizer.json").read_bytes())
     tokens.contract.save(folder)
 
 
-def raw_scores(model: nn.Module, rows: Rows, form: str) -> Tensor:
-    """Raw logits [rows]."""
-    logits: Tensor = model(**rows.inputs(form)).logits
-    return logits.squeeze(-1)
+def hugging_face(model: nn.Module) -> "PreTrainedModel":
+    """The model as transformers knows it."""
+    return cast("PreTrainedModel", model.model if isinstance(model, MeanPooled) else model)
 
 
-class Texts(NamedTuple):
-    """Padded rows with the tokens to learn."""
-
-    rows: Rows
-    weights: Tensor  # [rows]
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.rows.to(device), self.weights.to(device))
-
-
-class Pretraining:
-    """Query -> clicked title and summary; the query carries no loss."""
-
-    def __init__(self, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], tokens: Tokens):
-        self._pad = tokens.contract.pad
-        self._train, self._validation = (
-            [(*row, w) for row, w in _examples(rows, tokens)] for rows in (train, validation)
-        )
-        self.sizes = [(1, len(ids)) for ids, _, _ in self._train]
-
-    def batch(self, places: list[int]) -> Texts:
-        return self._texts([self._train[place] for place in places])
-
-    def loss(self, model: nn.Module, batch: Texts) -> Tensor:
-        logits = model(**batch.rows.inputs("decoder")).logits
-        learned = batch.rows.real & (batch.rows.segments == 1)
-        return losses.language(logits, batch.rows.ids, learned, batch.weights)
-
-    @torch.no_grad()
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Perplexity of held-out clicked documents, each token equal."""
-        model.eval()
-        total, count = 0.0, 0
-        device = next(model.parameters()).device
-        for start in range(0, len(self._validation), VALIDATION_BATCH):
-            rows = [(ids, prompt, 1.0) for ids, prompt, _ in self._validation[start : start + VALIDATION_BATCH]]
-            batch = self._texts(rows).to(device)
-            learned = int((batch.rows.segments == 1).sum())
-            total, count = total + self.loss(model, batch).item() * learned, count + learned
-        model.train()
-        return {"perplexity": math.exp(total / count)} if count else {}
-
-    def _texts(self, rows: Sequence[tuple[list[int], int, float]]) -> Texts:
-        return Texts(Rows.padded([row[:2] for row in rows], self._pad), torch.tensor([weight for _, _, weight in rows]))
+def raw_scores(model: nn.Module, rows: Rows) -> Tensor:
+    """Raw logits [rows], float32."""
+    logits: Tensor = model(**rows.inputs(spread.plain(model))).logits
+    return logits.squeeze(-1).float()
 
 
 class Ranking:
     """Lists with targets; the teacher's fine-tuning. `train` and `validation` are rows of the table `groups`."""
 
+    metric, larger_is_better = "pair_accuracy", True
+
     def __init__(
         self, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune
     ):
-        self._pad, self._form, self._cfg = tokens.contract.pad, tokens.contract.form, cfg
+        self._pad, self._cfg = tokens.contract.pad, cfg
         self._train = [hand for group in _lists(train, tokens, cfg) for hand in deal(group, cfg.documents_per_list)]
         self._validation = _lists(validation, tokens, cfg)
         self.sizes = [group.size for group in self._train]
@@ -168,27 +145,25 @@ class Ranking:
         return collate([self._train[place] for place in places], self._pad)
 
     def loss(self, model: nn.Module, batch: Lists) -> Tensor:
-        scores = batch.spread(raw_scores(model, batch.rows, self._form))
+        scores = batch.spread(raw_scores(model, batch.rows))
         if self._cfg.loss == "margin":
-            return losses.margin(scores, batch.targets, batch.real, self._cfg.margin)
+            return losses.margin(scores, batch.targets, batch.real, self._cfg.margin, self._cfg.margin_by_gap)
         loss: Tensor = getattr(losses, self._cfg.loss)(scores, batch.targets, batch.real)
         return loss
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        return {"pair_accuracy": pair_accuracy(model, self._validation, self._pad, self._form)}
+        return {"pair_accuracy": pair_accuracy(model, self._validation, self._pad)}
 
 
 @torch.no_grad()
-def pair_accuracy(model: nn.Module, groups: Sequence[Group], pad: int, form: str) -> float:
+def pair_accuracy(model: nn.Module, groups: Sequence[Group], pad: int) -> float:
     """Share of in-query pairs with different targets that the model puts in the right order; NaN without any."""
     model.eval()
     right, total = 0, 0
     device = next(model.parameters()).device
     for group in groups:
         batch = collate([group], pad).to(device)
-        good, all_pairs = losses.pair_accuracy(
-            batch.spread(raw_scores(model, batch.rows, form)), batch.targets, batch.real
-        )
+        good, all_pairs = losses.pair_accuracy(batch.spread(raw_scores(model, batch.rows)), batch.targets, batch.real)
         right, total = right + good, total + all_pairs
     model.train()
     return right / total if total else math.nan
@@ -220,8 +195,3 @@ def _lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> l
             docs, values = zip(*known, strict=True)
             found.append(Group(tokens.listed(group["query"], docs), list(values)))
     return found
-
-
-def _examples(rows: Sequence[dict[str, Any]], tokens: Tokens) -> Iterable[tuple[tuple[list[int], int], float]]:
-    encoded = tokens.prompts([r["query"] for r in rows], [r["title"] for r in rows], [r["summary"] for r in rows])
-    return zip(encoded, (row["weight"] for row in rows), strict=True)
