@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 from conftest import ROOT, SHARED
 
-from disranker import click_choice, recipe
+from disranker import click_choice, recipe, student
+from disranker.recipe import Student
 from disranker.store import Store
 from jobs import pipeline
 
@@ -33,7 +34,10 @@ def test_esci_goes_from_log_to_bundle_and_measures_the_50_queries_that_nobody_tr
     ray_here, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    changes = [f"{name}={value}" for name, value in (CUT | {"root": str(tmp_path / "run")}).items()]
+    base = tmp_path / "two layers"  # of six: a third of the time
+    student.shortened(str(SHARED / "models" / "minilm-l6"), base, Student(layers=2), seed=0)
+    own = {"root": str(tmp_path / "run"), "teacher.base": str(base), "student.base": str(base), "student.layers": "1"}
+    changes = [f"{name}={value}" for name, value in (CUT | own).items()]
     pipeline.run(recipe.load("tests/esci.yaml", changes))
     store = Store(str(tmp_path / "run"))
 
