@@ -31,6 +31,8 @@ from disranker.store import Store
 from jobs.launch import SAY_EVERY_S, say
 
 STATE = "state-{}.pt"  # of a rank
+# A model is called several times for one batch, not equally often on each worker: nothing may be exchanged in a call.
+DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
 RETRIES = 3  # of a worker or node that dies; the run goes on from its last checkpoint
 
 
@@ -109,7 +111,7 @@ def _spread(model: nn.Module, cfg: Training) -> nn.Module:
         spread.recompute(model)
     if cfg.sharding == "fsdp" and ray.train.get_context().get_world_size() > 1:
         return spread.shard(model, cfg, get_device())
-    return prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+    return prepare_model(model, parallel_strategy_kwargs=DDP)
 
 
 def groups(store: Store) -> dict[str, list[dict[str, Any]]]:

@@ -87,6 +87,12 @@ def test_rows_are_padded_on_the_right_with_the_document_in_segment_1():
     assert found.segments.tolist() == [[0, 0, 1], [0, 0, 0], [1, 1, 0]]
 
 
+def test_some_rows_are_padded_to_the_longest_of_them_alone():
+    found = Rows.padded([([5, 6, 7], 2), ([8], 1), ([9, 10], 0)], pad=3).some(torch.tensor([2, 1]))
+    assert found.ids.tolist() == [[9, 10], [8, 3]] and found.real.int().tolist() == [[1, 1], [1, 0]]
+    assert found.segments.tolist() == [[1, 1], [0, 0]]
+
+
 def test_a_model_that_knows_2_segments_takes_them_and_one_that_knows_1_or_none_does_not():
     rows = Rows.padded([([5, 6], 1), ([7], 1)], pad=0)
 

@@ -14,7 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from disranker import fit, lora, spread, teacher
 from disranker.contract import Tokens
 from disranker.recipe import Finetune
+from jobs.training import DDP
 
+CPU = torch.device("cpu")
 QUERIES = [f"{colour} {thing}" for colour in ("red", "blue", "warm") for thing in ("shoe", "jacket", "rain", "men")]
 GROUPS = [
     {"query": query, "docs": [doc("a", f"{query} sale", grade=3), doc("b", "kids size", "light trail", grade=n % 3)]}
@@ -42,7 +44,7 @@ def fitted(cfg: Finetune, folder: Path, rank: int, ranks: int, stop: int | None 
         spread.recompute(model)
     if ranks > 1:
         whole = cfg.sharding == "ddp"
-        model = nn.parallel.DistributedDataParallel(model) if whole else spread.shard(model, cfg, torch.device("cpu"))
+        model = nn.parallel.DistributedDataParallel(model, **DDP) if whole else spread.shard(model, cfg, CPU)
     run = fit.Fit(model, task, fit.steps(task, cfg, 3, rank, ranks), cfg, rank)
     if state:
         run.load(state)

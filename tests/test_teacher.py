@@ -113,6 +113,23 @@ def test_a_score_is_the_same_alone_and_in_a_padded_batch_to_5_digits(scorer, tok
 
 
 @torch.no_grad()
+def test_33_rows_go_in_8_pieces_of_like_length_and_their_scores_come_back_in_order(scorer, tokens, monkeypatch):
+    monkeypatch.setattr(teacher, "LEAST_TOKENS", 40)
+    texts = ["warm " * (n * 7 % 13) for n in range(33)]
+    rows = Rows.padded(tokens.prompts(["red"] * 33, ["blue"] * 33, texts), tokens.contract.pad)
+    shapes: list[torch.Size] = []
+    handle = scorer.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    found = teacher.raw_scores(scorer, rows)
+    handle.remove()
+    assert len(shapes) == 8 and sum(n for n, _ in shapes) == 33 and {n for n, _ in shapes} == {4, 5}
+    assert sum(n * length for n, length in shapes) < 1.2 * int(rows.real.sum()) < rows.ids.numel()
+    whole = scorer(**rows.inputs(scorer)).logits.squeeze(-1)
+    assert torch.allclose(found, whole, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_score_is_that_of_the_closing_token(scorer, tokens):
     rows = tokens.prompts(["red", "red"], ["blue", "shoe " * 6], ["", ""])
     found = teacher.raw_scores(scorer, Rows.padded(rows, 0))

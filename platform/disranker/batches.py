@@ -33,6 +33,11 @@ class Rows(NamedTuple):
     def to(self, device: torch.device) -> Self:
         return type(self)(*(tensor.to(device) for tensor in self))
 
+    def some(self, places: Tensor) -> Self:
+        """The rows at these places, padded to the longest of them alone."""
+        longest = int(self.real[places].sum(1).max())
+        return type(self)(*(tensor[places, :longest] for tensor in self))
+
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
         """What a Hugging Face model takes: the segments only where it tells them apart."""
         inputs = {"input_ids": self.ids, "attention_mask": self.real.long()}
