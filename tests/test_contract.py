@@ -165,6 +165,15 @@ def test_the_digest_changes_with_every_field(agreed):
     assert contract.digest == Contract.model_validate_json(contract.model_dump_json()).digest
 
 
+def test_which_tokens_are_scored_is_the_choice_of_a_decoder_alone(folders, agreed):
+    mean = TINY.model_copy(update={"pooling": "mean"})
+    assert Tokens.agree(folders["decoder"], "decoder", mean).contract.pooling == "mean"
+    assert agreed["decoder"].contract.pooling == "last" and agreed["encoder"].contract.pooling is None
+    assert Tokens.agree(folders["encoder"], "encoder", TINY).contract.pooling is None
+    with pytest.raises(Refused, match=r"teacher\.pooling mean is for decoders; .* holds an encoder"):
+        Tokens.agree(folders["encoder"], "encoder", mean)
+
+
 def test_a_saved_contract_gives_the_same_ids_when_loaded(copy, agreed):
     for form, folder in copy.items():
         agreed[form].contract.save(folder)
