@@ -19,7 +19,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     if "decoder" in step.reads:
         return training.run(recipe, store, step, Path(store.folder("decoder")))
     with tempfile.TemporaryDirectory() as folder:
-        teacher.copy(recipe.teacher.base, Path(folder), "encoder")
+        teacher.copy(recipe.teacher.base, Path(folder), "encoder", recipe.teacher.max_tokens)
         Tokens.agree(folder, "encoder", recipe.teacher).contract.save(folder)
         return training.run(recipe, store, step, Path(folder))
 

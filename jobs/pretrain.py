@@ -45,7 +45,7 @@ def start(recipe: Recipe, store: Store, folder: Path) -> None:
     if recipe.teacher.base == "scratch":
         teacher.scratch(folder, training.texts(store), recipe.teacher, recipe.seed)
     else:
-        teacher.copy(recipe.teacher.base, folder, "decoder")
+        teacher.copy(recipe.teacher.base, folder, "decoder", recipe.teacher.max_tokens)
     Tokens.agree(folder, "decoder", recipe.teacher).contract.save(folder)
 
 

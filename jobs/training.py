@@ -16,7 +16,15 @@ from typing import Any
 import pyarrow.compute as pc
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
@@ -28,9 +36,11 @@ from disranker.fit import Task
 from disranker.recipe import Recipe, Refused, Training
 from disranker.stages import Step
 from disranker.store import Store
-from jobs.launch import SAY_EVERY_S, say
+from jobs.launch import SAY_EVERY_S, Failed, say
 
 STATE = "state-{}.pt"  # of a rank
+FAULT = "fault-"  # and the rank, in the folder of the run: why a step was not taken, and the queries
+OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory")  # of CUDA, of Ray, of torch on a CPU
 # A model is called several times for one batch, not equally often on each worker: nothing may be exchanged in a call.
 DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
 RETRIES = 3  # of a worker or node that dies; the run goes on from its last checkpoint
@@ -66,7 +76,14 @@ def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]
             logging_config=LoggingConfig(log_level="WARNING"),  # progress is said by the workers
         ),
     )
-    trainer.fit()
+    store.remove(settings["run"], lambda file: file.startswith(FAULT))  # of an earlier command
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if not any(word in str(error) for word in OUT_OF_MEMORY):
+            raise
+        raise Failed(_lower(stage, cfg)) from error
+    _check_faults(store, stage, cfg, settings["run"])
     final = store.folder(f"runs/{name}/final")
     store.put_folder(final, step.stage.writes[0])
     return json.loads((Path(final) / "training.json").read_text())
@@ -88,7 +105,13 @@ def train(settings: dict[str, Any]) -> None:
     if (state := _restored(cfg, rank)) is not None:
         run.load(state)
         say(f"{stage}: rank {rank} goes on after step {run.done}")
-    _steps(run, stage, rank, store, settings)
+    try:
+        _steps(run, stage, rank, store, settings)
+    except fit.Diverged as fault:
+        # All ranks are here, and a retry would come to the same step: nothing is raised that Ray Train would repeat.
+        found = {"fault": str(fault), "step": fault.step, "queries": fault.queries}
+        store.put_text(json.dumps(found), settings["run"], f"{FAULT}{rank}.json")
+        return
     run.finish()
     weights = spread.whole(run.model, wanted=rank == 0)
     if rank == 0:
@@ -98,6 +121,25 @@ def train(settings: dict[str, Any]) -> None:
             lora.merge(adapters)
         _save(merged, tokens, start, _history(run), store, settings["run"])
     ray.train.report({"step": run.done})
+
+
+def _check_faults(store: Store, stage: str, cfg: Training, run: str) -> None:
+    """Raises `Failed` where the workers stopped at a step. Queries stand in the store alone, never in a log."""
+    files = [info.path for info in store.files(run) if info.base_name.startswith(FAULT)]
+    if files:
+        worst = max((store.read_json(run, Path(file).name) for file in files), key=lambda found: len(found["queries"]))
+        raise Failed(
+            f"{stage}: {worst['fault']}, which was not taken; its queries stand in {store.at(run)}/{FAULT}*.json; "
+            f"lower {stage}.lr ({cfg.lr:g}) or clip_norm ({cfg.clip_norm:g}); checkpoints of the steps before it stay"
+        )
+
+
+def _lower(stage: str, cfg: Training) -> str:
+    return (
+        f"{stage}: out of memory. With {stage}.recompute: true the run goes on after its last checkpoint; or lower "
+        f"tokens_per_batch ({cfg.tokens_per_batch}; accumulate makes up for it), or set precision: bfloat16, "
+        "lora_rank, or sharding: fsdp with more workers, which start anew"
+    )
 
 
 def _model(stage: str, start: str, tokens: Tokens, seed: int, cfg: Training) -> tuple[nn.Module, Any]:

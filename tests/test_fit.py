@@ -29,6 +29,9 @@ class Line:
         batch.to = lambda _: batch
         return batch
 
+    def query(self, place):
+        return f"query {place}"
+
     def loss(self, model, batch):
         return self.factor * (model(batch.x) - 2 * batch.x + 1).square().mean()
 
@@ -128,11 +131,29 @@ def test_without_warm_up_the_first_step_has_the_whole_rate_and_one_step_alone_wo
     assert len(trained(Line(), [[[0]]])[1]) == 1
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_raises_before_the_weights_change(factor):
-    found, before = model(), model().state_dict()
-    with pytest.raises(FloatingPointError, match=r"at step 1: lower lr 0\.05 or clip_norm 1\.0"):
-        next(fit.Fit(found, Line(factor), [[[0]]], CFG).steps())
+class Poisoned(Line):
+    """One of its points makes every loss that it is part of no number."""
+
+    def loss(self, model, batch):
+        bad = torch.isclose(batch.x, torch.tensor(7 / 12)).any()
+        return super().loss(model, batch) * (float("nan") if bad else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "culprits"), [(Poisoned(), ["query 7"]), (Line(float("inf")), ["query 6", "query 7"])]
+)
+def test_a_step_that_would_make_the_weights_no_numbers_is_not_taken_and_names_its_queries(task, culprits):
+    found = model()
+    run = fit.Fit(found, task, [[[0]], [[1, 2], [6, 7]]] if isinstance(task, Poisoned) else [[[6, 7]]], CFG)
+    steps = run.steps()
+    if isinstance(task, Poisoned):
+        next(steps)
+    before = copy.deepcopy(found.state_dict())
+    with pytest.raises(
+        fit.Diverged, match=rf"loss (nan|inf) and gradient norm (nan|inf) at step {run.done + 1}$"
+    ) as told:
+        next(steps)
+    assert (told.value.step, told.value.queries) == (run.done + 1, culprits)
     assert all(torch.equal(weight, before[key]) for key, weight in found.state_dict().items())
 
 

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from ray.train import WorkerGroupError
 from transformers import AutoModelForSequenceClassification
 
 from disranker import recipe, stages, tables
 from disranker.contract import Contract, Tokens
 from disranker.engine import Engine
 from disranker.store import Store
-from jobs import distill, forget, ingest, launch, pipeline, score
+from jobs import distill, forget, ingest, launch, pipeline, score, training
 from jobs.score import Teacher
 
 
@@ -133,6 +134,40 @@ def test_2_workers_that_share_each_weight_train_adapters_and_leave_a_plain_teach
     assert ours.keys() == base.keys()
     changed_weights = {name for name in ours if not torch.equal(ours[name], base[name])}
     assert changed_weights == {name for name in ours if name.startswith("score") or "_proj" in name}
+
+
+def test_a_training_whose_loss_is_no_number_stops_names_the_step_and_keeps_the_query_out_of_the_log(
+    ray_here, tiny, tiny_run, tmp_path, capfd
+):
+    root = Path(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    finetune = tiny["finetune"] | {"lr": 1e30, "warmup_share": 0.0, "checkpoint_every_steps": 1}
+    changed = recipe.parse(tiny | {"root": str(root), "finetune": finetune})
+    with pytest.raises(
+        launch.Failed, match=r"^finetune: loss nan and gradient norm nan at step \d+, .*lower finetune\.lr"
+    ):
+        pipeline.run(changed, last="finetune")
+    (folder,) = root.glob("runs/finetune-*")
+    (fault,) = folder.glob("fault-*.json")
+    found = json.loads(fault.read_text())
+    assert found["step"] > 1 and any(found["queries"])
+    assert set(found["queries"]) <= {group["query"] for group in tiny_run.read("groups").to_pylist()}
+    assert list(folder.glob("checkpoint_*")), "the last good checkpoint stays"
+    said = "".join(capfd.readouterr())
+    assert not any(f"'{query}'" in said or f'"{query}"' in said for query in found["queries"])
+
+
+def test_a_training_out_of_memory_says_which_settings_to_lower(monkeypatch, tiny, ray_here, tmp_path):
+    def fit(_):
+        raise WorkerGroupError("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", {})
+
+    monkeypatch.setattr(training.TorchTrainer, "fit", fit)
+    store, given = Store(str(tmp_path)), recipe.parse(tiny | {"root": str(tmp_path)})
+    start = tmp_path / "start"
+    start.mkdir()
+    with pytest.raises(
+        launch.Failed, match=r"^finetune: out of memory\. .*recompute.*tokens_per_batch \(\d+;.*lora_rank"
+    ):
+        training.run(given, store, stages.step(given, "finetune"), start)
 
 
 def test_the_report_has_three_runs_with_intervals_and_the_scores_it_came_from(tiny_run):

@@ -145,7 +145,7 @@ def saved(request, tmp_path_factory):
     BASES[request.param](base)
     form = contract.form(str(base))
     if form == "encoder":
-        teacher.copy(str(base), base := tmp_path_factory.mktemp("copy"), form)
+        teacher.copy(str(base), base := tmp_path_factory.mktemp("copy"), form, LIMITS.max_tokens)
     pooling = "mean" if request.param.endswith("mean") else "last"
     tokens = Tokens.agree(base, form, LIMITS.model_copy(update={"pooling": pooling}))
     model, rows = teacher.scorer(base, tokens, seed=1).eval(), tokens.prompts(*zip(*fields(tokens), strict=True))

@@ -88,6 +88,9 @@ def test_a_base_that_is_nowhere_or_no_bert_or_too_short_is_refused(base, tmp_pat
         student.shortened(str(save_decoder(tmp_path / "llama")), tmp_path, cfg("first", 2), 1)
     with pytest.raises(Refused, match="gives 3 of 5 layers, layers asks for 4"):
         student.shortened(str(base), tmp_path, cfg("every_second", 4), 1)
+    long = cfg("first", 1).model_copy(update={"max_tokens": 10_000})
+    with pytest.raises(Refused, match=r"student\.max_tokens 10000: the model of student\.base has \d+ positions"):
+        student.shortened(str(base), tmp_path, long, 1)
 
 
 def test_a_student_from_nothing_has_the_shape_of_the_recipe_and_the_same_weights_again(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import TINY, doc, save_decoder
 from test_engine import save_student
-from transformers import AutoConfig, AutoModelForCausalLM, BertModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from disranker import contract, losses, teacher
 from disranker.batches import Group, Rows, collate
@@ -164,7 +164,7 @@ def test_a_tokenizer_file_laid_out_in_another_way_is_saved_byte_by_byte(scorer, 
 
 
 def test_a_copied_base_has_the_same_weights_and_a_tokenizer_to_agree_on(folder, tmp_path):
-    teacher.copy(str(folder), tmp_path, "decoder")
+    teacher.copy(str(folder), tmp_path, "decoder", TINY.max_tokens)
     one, two = (teacher.language_model(path).state_dict() for path in (folder, tmp_path))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert Tokens.agree(tmp_path, "decoder", TINY).contract.close == 2
@@ -172,7 +172,7 @@ def test_a_copied_base_has_the_same_weights_and_a_tokenizer_to_agree_on(folder, 
 
 def test_a_copied_encoder_has_one_score(tmp_path):
     save_student(tmp_path / "base", num_labels=1)
-    teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder")
+    teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder", TINY.max_tokens)
     assert contract.form(str(tmp_path / "copy")) == "encoder"
     tokens = Tokens.agree(tmp_path / "copy", "encoder", TINY)
     model = teacher.scorer(tmp_path / "copy", tokens, 1)
@@ -183,7 +183,7 @@ def test_a_copied_encoder_has_one_score(tmp_path):
 def test_a_copied_encoder_without_a_head_gets_one_of_one_score(tmp_path):
     save_student(tmp_path / "base", num_labels=2)
     BertModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base")
-    teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder")
+    teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder", TINY.max_tokens)
     assert AutoConfig.from_pretrained(tmp_path / "copy").num_labels == 1
 
 
@@ -191,6 +191,32 @@ def test_the_form_of_a_base_is_told_by_its_config(folder, tmp_path):
     assert contract.form("scratch") == contract.form(str(folder)) == "decoder"
     with pytest.raises(Refused, match=r"teacher\.base .*: no model there .*give a folder, a hub name, or scratch"):
         contract.form(str(tmp_path / "none"))
+
+
+def test_a_decoder_without_its_language_head_is_refused(folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folder).base_model.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=r"LlamaModel has no causal head to pre-train with, and is no encoder"):
+        contract.form(str(tmp_path))
+
+
+@pytest.mark.parametrize(("model_type", "positions"), [("bert", 16), ("roberta", 18)])
+def test_a_text_longer_than_the_positions_of_the_base_is_refused(model_type, positions, tmp_path):
+    """RoBERTa leaves two of its positions to padding."""
+    config = AutoConfig.for_model(
+        model_type,
+        **{"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+        **{"max_position_embeddings": positions, "pad_token_id": 1 if model_type == "roberta" else 0},
+    )
+    found = AutoModelForSequenceClassification.from_config(config)
+    contract.check_positions(found, 16, "teacher")
+    with pytest.raises(Refused, match=r"^teacher\.max_tokens 17: the model of teacher\.base has 16 positions"):
+        contract.check_positions(found, 17, "teacher")
+
+
+def test_a_base_is_not_copied_for_longer_texts_than_it_has_positions_for(tmp_path):
+    save_student(tmp_path / "base")
+    with pytest.raises(Refused, match="max_tokens 10000"):
+        teacher.copy(str(tmp_path / "base"), tmp_path / "copy", "encoder", 10_000)
 
 
 # Fine-tuning

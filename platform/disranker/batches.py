@@ -67,6 +67,7 @@ class Group(NamedTuple):
 
     rows: list[tuple[list[int], int]]  # (ids, how many belong to the query)
     targets: list[float]
+    query: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,7 +83,10 @@ def deal(group: Group, documents: int) -> list[Group]:
     hands = math.ceil(len(group.rows) / documents)
     ranked = sorted(range(len(group.rows)), key=lambda place: group.targets[place])
     dealt = (ranked[hand::hands] for hand in range(hands))
-    return [Group([group.rows[place] for place in hand], [group.targets[place] for place in hand]) for hand in dealt]
+    return [
+        Group([group.rows[place] for place in hand], [group.targets[place] for place in hand], group.query)
+        for hand in dealt
+    ]
 
 
 def collate(groups: Sequence[Group], pad: int) -> Lists:

@@ -152,8 +152,12 @@ class Tokens:
 
 
 def form(base: str) -> Form:
-    """What kind of model lies in a folder or under a hub name. Raises `Refused` if none does."""
+    """What kind of model lies in a folder or under a hub name.
+
+    Raises `Refused` if none does, or one that could be a decoder but has lost its language head.
+    """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     if base == "scratch":
         return "decoder"
@@ -164,7 +168,23 @@ def form(base: str) -> Form:
             f"teacher.base {base}: no model there ({str(error).splitlines()[0]}); give a folder, a hub name, or scratch"
         ) from error
     architectures = config.architectures or []
-    return "decoder" if any("CausalLM" in name for name in architectures) else "encoder"
+    if any("CausalLM" in name for name in architectures):
+        return "decoder"
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise Refused(
+            f"teacher.base {base}: {', '.join(architectures) or config.model_type} has no causal head to pre-train "
+            "with, and is no encoder; give a *ForCausalLM model, or one of the kind of BERT"
+        )
+    return "encoder"
+
+
+def check_positions(model: Any, max_tokens: int, section: str) -> None:
+    """Raises `Refused` where a Hugging Face model has no position for the last token of a text of `max_tokens`."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    # RoBERTa counts positions from one more than the id of its padding.
+    before = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
+    if max_tokens > (most := model.config.max_position_embeddings - before):
+        raise Refused(f"{section}.max_tokens {max_tokens}: the model of {section}.base has {most} positions")
 
 
 def file_digest(path: str | Path) -> str:

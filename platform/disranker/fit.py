@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from disranker import batches, spread
 from disranker.recipe import Refused, Training
@@ -29,11 +30,28 @@ class Task(Protocol):
     def batch(self, places: list[int]) -> Any:
         """The items at these places as tensors with `.to(device)`."""
 
+    def query(self, place: int) -> str:
+        """What the item at this place belongs to."""
+
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """A number to make small."""
 
     def validate(self, model: nn.Module) -> Measured:
         """How good the model is on the validation queries."""
+
+
+class Diverged(FloatingPointError):
+    """A step that would have made the weights no finite numbers, and was not taken; every rank raises it at that step.
+
+    `queries` are those of this rank whose loss is not finite.
+    """
+
+    def __init__(self, step: int, loss: float, norm: float, queries: list[str]):
+        super().__init__(step, loss, norm, queries)
+        self.step, self.loss, self.norm, self.queries = step, loss, norm, queries
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4g} and gradient norm {self.norm:.4g} at step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class Fit:
     def steps(self) -> Iterator[Progress]:
         """Trains one step each time it is asked, to the end of the plan or of its patience.
 
-        Raises `FloatingPointError` where the loss is not a finite number.
+        Raises `Diverged` where the gradient is not finite.
         """
         if not self.validations:
             self._validate()
@@ -145,27 +163,41 @@ class Fit:
         self._adam.zero_grad()
         together = [self.task.batch(places).to(self._device) for places in self.planned[self.done]]
         losses = [self._backward(batch, len(together), batch is together[-1]) for batch in together]
-        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm)
+        found: Any = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm)
+        norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+        if not math.isfinite(norm):  # of all ranks together, so that all stop here
+            raise Diverged(self.done + 1, sum(losses), norm, self._not_finite(losses))
         self._adam.step()
         lr = self._schedule.get_last_lr()[0]
         self._schedule.step()
         self.done += 1
-        whole_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         tokens = sum(int(batch.rows.real.sum()) for batch in together)
-        return Progress(self.done, sum(losses) / len(losses), lr, float(whole_norm), tokens)
+        return Progress(self.done, sum(losses) / len(losses), lr, norm, tokens)
 
     def _backward(self, batch: Any, batches: int, last: bool) -> float:
         with spread.exchanging(self.model, last):
             with self._computing():
                 loss = self.task.loss(self.model, batch)
-            value = float(loss.item())
-            if not math.isfinite(value):
-                cfg = self.cfg
-                raise FloatingPointError(
-                    f"loss {value} at step {self.done + 1}: lower lr {cfg.lr} or clip_norm {cfg.clip_norm}"
-                )
             (loss / batches).backward()
-        return value
+        return float(loss.item())
+
+    def _not_finite(self, losses: Sequence[float]) -> list[str]:
+        """Queries of the items of this step whose loss alone is not finite.
+
+        Under FSDP, where no rank can compute alone, of all items of a batch with such a loss.
+        """
+        batches = [
+            batch for batch, loss in zip(self.planned[self.done], losses, strict=True) if not math.isfinite(loss)
+        ]
+        items = [place for batch in batches for place in batch]
+        if not isinstance(self.model, FSDPModule):
+            items = [place for place in items if not math.isfinite(self._loss_alone(place))]
+        return sorted({self.task.query(place) for place in items})
+
+    @torch.no_grad()
+    def _loss_alone(self, place: int) -> float:
+        with self._computing():
+            return self.task.loss(spread.plain(self.model), self.task.batch([place]).to(self._device)).item()
 
     def _validate(self) -> None:
         with self._computing():

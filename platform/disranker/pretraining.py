@@ -18,6 +18,7 @@ class Example(NamedTuple):
     ids: list[int]
     prompt: int  # ids at its start that are given and not learned
     weight: float
+    query: str = ""  # of general text none
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,6 +72,9 @@ class Pretraining:
     def batch(self, places: list[int]) -> Texts:
         return self._texts([self._train[place] for place in places])
 
+    def query(self, place: int) -> str:
+        return self._train[place].query
+
     def loss(self, model: nn.Module, batch: Texts) -> Tensor:
         logits = model(**batch.rows.inputs(spread.plain(model))).logits
         return losses.language(logits, batch.rows.ids, batch.learned, batch.weights)
@@ -117,7 +121,8 @@ def wanted(clicked_tokens: int, general_share: float) -> int:
 
 def _examples(rows: Sequence[dict[str, Any]], tokens: Tokens, weights: Iterable[float]) -> list[Example]:
     encoded = tokens.prompts([r["query"] for r in rows], [r["title"] for r in rows], [r["summary"] for r in rows])
-    return [Example(ids, prompt, weight) for (ids, prompt), weight in zip(encoded, weights, strict=True)]
+    known = zip(encoded, weights, rows, strict=True)
+    return [Example(ids, prompt, weight, row["query"]) for (ids, prompt), weight, row in known]
 
 
 def _general(texts: Iterable[str], tokens: Tokens, clicked: Sequence[Example], most: int, seed: int) -> list[Example]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disranker import losses
+from disranker import contract, losses
 from disranker.batches import Group, Lists, collate, deal
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused
@@ -41,7 +41,7 @@ def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed
 def shortened(base: str, folder: str | Path, cfg: StudentSettings, seed: int) -> None:
     """Writes the base with some of its layers and all of its vocabulary; a new head where it has none of one score.
 
-    Raises `Refused` if it has too few layers.
+    Raises `Refused` if it has too few layers or positions.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,6 +61,7 @@ def shortened(base: str, folder: str | Path, cfg: StudentSettings, seed: int) ->
         attention_probs_dropout_prob=0.0,
         ignore_mismatched_sizes=True,
     )
+    contract.check_positions(model, cfg.max_tokens, "student")
     model.bert.encoder.layer = nn.ModuleList(model.bert.encoder.layer[place] for place in chosen)
     model.config.num_hidden_layers = len(chosen)
     model.save_pretrained(folder)
@@ -105,7 +106,10 @@ class Distillation:
         """train, validation: (row of `groups`, raw teacher score of each of its documents)."""
         self._pad, self._cfg = tokens.contract.pad, cfg
         self._train, self._validation = (
-            [Group(tokens.listed(g["query"], g["docs"]), standardised(s, mean, deviation)) for g, s in pairs]
+            [
+                Group(tokens.listed(g["query"], g["docs"]), standardised(s, mean, deviation), g["query"])
+                for g, s in pairs
+            ]
             for pairs in (train, validation)
         )
         self._train = [hand for group in self._train for hand in deal(group, cfg.documents_per_list)]
@@ -113,6 +117,9 @@ class Distillation:
 
     def batch(self, places: list[int]) -> Lists:
         return collate([self._train[place] for place in places], self._pad)
+
+    def query(self, place: int) -> str:
+        return self._train[place].query
 
     def loss(self, model: nn.Module, batch: Lists) -> Tensor:
         scores = batch.spread(raw_scores(model, batch.rows))

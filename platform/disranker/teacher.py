@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from disranker import losses, spread
+from disranker import contract, losses, spread
 from disranker.batches import Group, Lists, Rows, collate, deal
 from disranker.contract import Form, Tokens
 from disranker.recipe import Finetune
@@ -63,14 +63,19 @@ def llama(cfg: TeacherSettings, vocabulary: int, **more: Any) -> "LlamaConfig":
     )
 
 
-def copy(base: str, folder: str | Path, form: Form) -> None:
-    """Writes a base model and its tokenizer to a folder, weights as float32 safetensors; a new head has seed 0."""
+def copy(base: str, folder: str | Path, form: Form, max_tokens: int) -> None:
+    """Writes a base model and its tokenizer to a folder, weights as float32 safetensors; a new head has seed 0.
+
+    Raises `Refused` where it is not made for texts of so many tokens.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     kind = AutoModelForCausalLM if form == "decoder" else AutoModelForSequenceClassification
     extra = {} if form == "decoder" else {"num_labels": 1, "ignore_mismatched_sizes": True}
     torch.manual_seed(0)
-    kind.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **extra).save_pretrained(folder)
+    model = kind.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **extra)
+    contract.check_positions(model, max_tokens, "teacher")
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
@@ -160,6 +165,9 @@ class Ranking:
     def batch(self, places: list[int]) -> Lists:
         return collate([self._train[place] for place in places], self._pad)
 
+    def query(self, place: int) -> str:
+        return self._train[place].query
+
     def loss(self, model: nn.Module, batch: Lists) -> Tensor:
         scores = batch.spread(raw_scores(model, batch.rows))
         if self._cfg.loss == "margin":
@@ -209,5 +217,5 @@ def _lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> l
         known = [(doc, target) for doc, target in zip(group["docs"], wanted, strict=True) if target is not None]
         if len({target for _, target in known}) > 1:
             docs, values = zip(*known, strict=True)
-            found.append(Group(tokens.listed(group["query"], docs), list(values)))
+            found.append(Group(tokens.listed(group["query"], docs), list(values), group["query"]))
     return found
