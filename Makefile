@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python -m bench.score --small
 	$(BIN)/python -m bench.exactly_once --small
 	$(BIN)/python -m bench.logs --small
+	$(BIN)/python -m bench.ablate_teacher --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,15 +13,34 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from conftest import TINY
+from pyarrow import fs
+from torch.utils.tensorboard import SummaryWriter
 
-from bench import claims, exactly_once, logs, made_up, runs, score
-from disranker import clicks, stages, tables
+from bench import (
+    ablate_teacher,
+    arms,
+    claims,
+    esci_teacher,
+    exactly_once,
+    logs,
+    made_up,
+    mfu,
+    runs,
+    score,
+    train,
+    trainers,
+)
+from disranker import clicks, metrics, stages, student, tables, teacher, world
 from disranker import recipe as recipes
 from disranker.contract import Tokens
+from disranker.inputs import World
+from disranker.recipe import Finetune, Pretrain, Refused, Student, Teacher
 from disranker.store import Store
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"__init__", "claims", "runs"}  # what the programs share
+PARTS = {"__init__", "arms", "claims", "mfu", "runs", "trainers"}  # what the programs share
 PROGRAMS = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - PARTS)
 SHAPE = made_up.Shape(documents=4, pair_tokens=48, query_tokens=5, instruction_tokens=16)
 
@@ -340,3 +359,222 @@ def test_an_unknown_claim_about_logs_is_refused_with_those_that_there_are(capsys
     with pytest.raises(SystemExit):
         logs.main(["--only", "speed"])
     assert "no claim speed; there are ingest, aggregate, growth" in capsys.readouterr().err
+
+
+# Arms
+
+
+def tallies(*seeds):
+    """[seeds, queries, metrics, 2] of NDCG@10 alone, by seed and query."""
+    values = np.array(seeds, float)
+    found = np.ones((*values.shape, len(metrics.METRICS), 2))
+    found[..., metrics.METRICS.index("ndcg@10"), 0] = values
+    return found
+
+
+def test_an_interval_over_seeds_and_queries_is_as_wide_as_the_seeds_differ():
+    a, b = tallies([0.5, 0.7], [0.9, 1.0]), tallies([0.4, 0.6], [0.6, 0.7])
+    low, high = arms.two_level(a, b, 2000, 0.95, seed=1)[:, metrics.METRICS.index("ndcg@10")]
+    assert (low, high) == pytest.approx((0.1, 0.3))
+    low, high = arms.two_level(a[:1], b[:1], 2000, 0.95, seed=1)[:, metrics.METRICS.index("ndcg@10")]
+    assert (low, high) == pytest.approx((0.1, 0.1))
+
+
+def test_a_comparison_says_both_intervals_and_in_how_many_seeds_the_first_is_above():
+    rng = np.random.default_rng(0)
+    b = rng.uniform(0.2, 0.6, (3, 40))
+    given = [arms.Comparison("a", tallies(*(b + np.array([[0.2], [0.1], [-0.03]]))), tallies(*b))]
+    given += [arms.Comparison("same", tallies(*b), tallies(*b))]
+    rows = arms.compared(given, recipes.parse({"root": "x"}))
+    assert rows[0]["value"] == pytest.approx(0.09) == rows[0]["a"] - rows[0]["b"]
+    assert (rows[0]["seeds_above"], rows[0]["seeds"], rows[0]["queries"]) == (2, 3, 40)
+    assert (rows[0]["queries_low"], rows[0]["queries_high"]) == pytest.approx((0.09, 0.09))
+    assert rows[0]["low"] < 0 < rows[0]["high"] < 0.2
+    assert (rows[0]["p"], rows[0]["holm"], rows[1]["p"]) == pytest.approx((1 / 2001, 2 / 2001, 1.0))
+
+
+def test_an_arm_has_the_mean_and_the_deviation_of_its_seeds():
+    row = arms.summary("an arm", tallies([0.2, 0.4], [0.4, 0.6]))
+    assert row["ndcg@10"]["mean"] == pytest.approx(0.4)
+    assert row["ndcg@10"]["sd"] == pytest.approx(0.02**0.5)
+    assert arms.summary("one seed", tallies([0.2, 0.4]))["ndcg@10"]["sd"] is None
+
+
+def test_all_comparisons_of_the_ablation_are_of_its_arms():
+    plan = ablate_teacher.Plan(Path())
+    assert len(plan.arms()) == len(set(plan.arms())) == 13
+    assert {arm for _, *pair in plan.pairs() for arm in pair} == set(plan.arms())
+    assert len(plan.pairs()) == len({name for name, *_ in plan.pairs()}) == 6 + 1 + 6 + 2
+
+
+def test_a_share_of_the_training_queries_is_held_out_and_no_test_query_moves(tmp_path):
+    rows = [{"query": f"q{n}", "doc_id": "d", "grade": 1, "split": "train" if n % 4 else "test"} for n in range(400)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "judgments.parquet")
+    moved = pl.read_parquet(esci_teacher.held(tmp_path / "judgments.parquet", tmp_path))
+    assert moved.filter(pl.col("split") == "test")["query"].to_list() == [f"q{n}" for n in range(0, 400, 4)]
+    assert moved.filter(pl.col("split") == "validation").height == pytest.approx(0.3 * 300, abs=20)
+
+
+def shop(folder: Path, seed: int = 3) -> Path:
+    """Documents, judgments with a split and a log, as `bench.esci_teacher` reads them."""
+    cfg = World(**TINY["world"])
+    graded = pl.DataFrame(pl.from_arrow(world.judgments(cfg, seed)))
+    test = pl.Series(graded["query"].unique().sort()[:20])
+    split = pl.when(pl.col("query").is_in(test.implode())).then(pl.lit("test")).otherwise(pl.lit("train"))
+    graded.with_columns(split=split).write_parquet(folder / "judgments.parquet")
+    pq.write_table(world.documents(cfg, seed), folder / "documents.parquet")
+    for index in range(cfg.shards):
+        world.write_shard(cfg, seed, index, fs.LocalFileSystem(), str(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_gain_of_a_log_is_measured_on_the_queries_that_the_judgments_hold_out(tmp_path, capsys):
+    data, model, folder = (tmp_path / name for name in ("data", "model", "out"))
+    data.mkdir()
+    settings = Student(**TINY["student"])
+    student.scratch(model, [" ".join(made_up.words(300))], settings, seed=1)
+    options = ["--data", shop(data), "--model", model, "--folder", folder, "--small", "--seeds", 1]
+    assert esci_teacher.main([*map(str, options)]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["claim"].partition(": ")[2] for line in said] == [
+        "grades \N{MINUS SIGN} BM25",
+        "grades and log \N{MINUS SIGN} BM25",
+        "grades and log \N{MINUS SIGN} grades",
+    ]
+    assert {line["queries"] for line in said} == {20}
+    assert (folder / "differences.svg").read_text().count("grades and log") >= 1
+
+
+LOSSES = {"losses": ablate_teacher.SMALL["losses"]}
+
+
+@pytest.mark.slow
+def test_an_ablation_trains_each_arm_once_under_each_seed(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(arms, "lists", lambda folder, content: recipes.parse(content | {"root": str(tiny_run.path)}))
+    assert ablate_teacher.main(["--small", "--folder", str(tmp_path)]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) == 4 + 1 + 2 + 2
+    assert {line["runs"] for line in said} == {2}
+    shown = json.loads((tmp_path / "results.json").read_text())
+    assert [row["arm"] for row in shown["arms"]] == [arm.name for arm in ablate_teacher.Plan(tmp_path, **LOSSES).arms()]
+    trained = sorted((tmp_path / "trained").glob("*.json"))
+    assert len(trained) == 2 * 9
+    before = [path.stat().st_mtime_ns for path in trained]
+    assert ablate_teacher.main(["--small", "--folder", str(tmp_path)]) == 0
+    assert [path.stat().st_mtime_ns for path in trained] == before
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == said
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def tiny_lists(tmp_path_factory):
+    """The recipe of a store of 6 lists of 4 documents and a made-up BERT to fine-tune."""
+    plan = train.Plan(tmp_path_factory.mktemp("train"), **train.SMALL)
+    return recipes.load(plan.recipe(None, 6))
+
+
+def test_lists_to_train_on_go_from_lowest_to_highest_grade_and_vary_in_length_as_products_do():
+    rows = train.groups(train.Plan(Path()), 40)
+    grades = [[doc["grade"] for doc in row["docs"]] for row in rows]
+    assert len(rows) == 40 == len({row["query"] for row in rows})
+    assert all(len(each) == 8 and each == sorted(each) and each[0] < each[-1] for each in grades)
+    words = np.array([len(f"{doc['title']} {doc['summary']}".split()) for row in rows for doc in row["docs"]])
+    assert 0.25 < words.std() / words.mean() < 0.45
+
+
+def test_both_trainers_see_the_same_tokens_and_start_from_the_same_loss(tiny_lists):
+    mine = trainers.ours(tiny_lists)
+    theirs = trainers.sentence_transformers(tiny_lists, lists_per_step=3, pairs_at_once=4)
+    assert mine["pairs"] == theirs["pairs"] == 24
+    assert mine["tokens"] == theirs["tokens"] > 24 * 10
+    assert theirs["steps"] == 2
+    assert mine["loss"] == pytest.approx(theirs["loss"], abs=0.01) == pytest.approx(np.log(2), abs=0.01)
+
+
+def test_what_is_turned_off_changes_the_batches_and_not_what_is_learned(tiny_lists):
+    whole, off = trainers.ours(tiny_lists), trainers.ours(tiny_lists, trainers.TURNED_OFF)
+    assert (whole["tokens"], whole["steps"]) == (off["tokens"], off["steps"])
+    assert whole["loss"] == pytest.approx(off["loss"], abs=0.01)
+    assert whole["padding"] < off["padding"]
+
+
+def test_a_plan_without_sorting_has_each_list_once():
+    planned = trainers.unsorted(10, steps=4, seed=1)
+    assert len(planned) == 4
+    assert sorted(place for ((*places,),) in planned for place in places) == list(range(10))
+
+
+def test_groups_a_second_run_from_the_end_of_the_first_step(tmp_path):
+    with SummaryWriter(str(tmp_path)) as events:
+        for step, seconds in enumerate((100.0, 102.0, 103.0, 104.0, 108.0)):
+            events.add_scalar("loss", 0.5, step, walltime=seconds)
+    assert train.groups_per_second(tmp_path, lists=60) == pytest.approx(60 * 4 / 5 / 8)
+
+
+def test_10_weights_2_layers_3_wide_cost_1080_flops_for_rows_of_2_and_4_tokens():
+    tokens, squares = 2 + 4, 4 + 16
+    assert mfu.flops(10, layers=2, width=3, tokens=tokens, squares=squares) == 6 * 10 * 6 + 6 * 2 * 3 * 20 == 1080
+    assert mfu.flops(10, layers=2, width=3, tokens=tokens, squares=squares, causal=False) == 360 + 2 * 720
+
+
+@pytest.mark.parametrize("head", ["tied", "score"])
+def test_flops_are_those_that_torch_counts_in_a_step_of_a_llama(head):
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    tied = head == "tied"
+    config = teacher.llama(Teacher(width=64, layers=2, heads=2), 50, tie_word_embeddings=tied, num_labels=1)
+    model = (LlamaForCausalLM if tied else LlamaForSequenceClassification)(config)
+    model.set_attn_implementation("eager")  # the fused one on a CPU is not counted
+    layer = 4 * 64 * 64 + 3 * 64 * 192
+    assert mfu.weights(model) == 2 * layer + (50 * 64 if tied else 64)
+    seen = trainers.Seen().watch(model)
+    with FlopCounterMode(display=False) as counted:
+        ids = torch.randint(3, 50, (3, 16))
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    assert (seen.tokens, seen.squares, seen.padding()) == (48, 3 * 256, 0)
+    wanted = mfu.flops(mfu.weights(model), 2, 64, int(seen.tokens), int(seen.squares), causal=False)
+    assert counted.get_total_flops() == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"), [("NVIDIA H200", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("GeForce 1", 0)]
+)
+def test_the_peak_of_a_gpu_is_that_of_the_longest_name_that_fits(name, tflops):
+    assert mfu.peak(name) == tflops
+
+
+def test_utilisation_is_refused_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.main(["--only", "mfu"]) == 2
+    assert capsys.readouterr().err.startswith("refused: mfu: there is no GPU here")
+
+
+def test_utilisation_of_a_gpu_that_nobody_knows_wants_its_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GeForce 1")
+    assert mfu.gpu(40) == ("GeForce 1", 40)
+    with pytest.raises(Refused, match="peak of GeForce 1 is not known here; give it in bfloat16 as --peak-tflops"):
+        mfu.gpu()
+
+
+def test_the_time_of_operations_is_shared_out_by_kind():
+    times = {"aten::addmm": 5.0, "aten::_flash_attention_backward": 2.0, "aten::_fused_adamw_": 1.0, "aten::copy_": 1.0}
+    found = mfu.shares(times | {"aten::gelu": 1.0})
+    assert found == {"attention": 0.2, "optimiser": 0.1, "matrix products": 0.5, "copies and casts": 0.1, "other": 0.1}
+    assert sum(mfu.shares({}).values()) == 0
+
+
+def test_a_utilisation_says_flops_padding_and_what_the_device_was_busy_with():
+    rows = train.groups(train.Plan(Path()), 24)
+    size = Teacher(vocabulary=400, width=32, layers=1, heads=1, max_tokens=192, **train.LIMITS)
+    cfg = {"epochs": 1, "tokens_per_batch": 3072, "validations": 1}
+    said = mfu.pretraining(rows, size, Pretrain(**cfg), "cpu", seed=1)
+    assert said["tflops"] * 1e12 / said["tokens_per_s"] > 6 * said["weights"]
+    assert 0 < said["padding"] < 0.5
+    assert sum(said["of_busy"].values()) == pytest.approx(1, abs=0.01)
+    with pytest.raises(Refused, match="mfu: 1 steps are too few"):
+        mfu.finetuning(rows[:1], size, Finetune(documents_per_list=8, **cfg), "cpu", seed=1)
