@@ -35,7 +35,9 @@ bench: setup
 	$(BIN)/python -m bench.score --small
 	$(BIN)/python -m bench.exactly_once --small
 	$(BIN)/python -m bench.logs --small
+	$(BIN)/python -m bench.train --small
 	$(BIN)/python -m bench.ablate_teacher --small
+	$(BIN)/python -m bench.killed_training --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -74,14 +74,16 @@ class Plan:
     losses: tuple[str, ...] = LOSSES
 
     def arms(self) -> list[Arm]:
-        pairs = [*(Arm(loss) for loss in self.losses), MEAN, CLICKS]
-        return [LONGER, *(replace(arm, continued=continued) for continued in (False, True) for arm in pairs)]
+        return [replace(arm, continued=continued) for continued in (False, True) for arm in self.fine_tuned()]
+
+    def fine_tuned(self) -> list[Arm]:
+        """Each without CPT."""
+        return [*(Arm(loss) for loss in self.losses), MEAN, CLICKS, LONGER]
 
     def pairs(self) -> list[tuple[str, Arm, Arm]]:
         """(what is compared, one arm, the other), all in one family of tests."""
-        alone = [*(Arm(loss) for loss in self.losses), MEAN, CLICKS]
-        found = [(f"CPT {MINUS} none, {arm.what}", replace(arm, continued=True), arm) for arm in alone]
-        found += [(f"CPT {MINUS} none, {LONGER.what}", Arm(continued=True), LONGER)]
+        found = [(f"CPT {MINUS} none, {arm.what}", replace(arm, continued=True), arm) for arm in self.fine_tuned()]
+        found += [(f"CPT, {EPOCHS} epochs {MINUS} none, {AS_LONG} epochs", Arm(continued=True), LONGER)]
         others = [
             (f"{loss} {MINUS} pointwise", Arm(loss), Arm("pointwise")) for loss in self.losses if loss != "pointwise"
         ]

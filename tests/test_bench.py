@@ -402,9 +402,9 @@ def test_an_arm_has_the_mean_and_the_deviation_of_its_seeds():
 
 def test_all_comparisons_of_the_ablation_are_of_its_arms():
     plan = ablate_teacher.Plan(Path())
-    assert len(plan.arms()) == len(set(plan.arms())) == 13
+    assert len(plan.arms()) == len(set(plan.arms())) == 14
     assert {arm for _, *pair in plan.pairs() for arm in pair} == set(plan.arms())
-    assert len(plan.pairs()) == len({name for name, *_ in plan.pairs()}) == 6 + 1 + 6 + 2
+    assert len(plan.pairs()) == len({name for name, *_ in plan.pairs()}) == 7 + 1 + 6 + 2
 
 
 def test_a_share_of_the_training_queries_is_held_out_and_no_test_query_moves(tmp_path):
@@ -454,12 +454,12 @@ def test_an_ablation_trains_each_arm_once_under_each_seed(tiny_run, tmp_path, ca
     monkeypatch.setattr(arms, "lists", lambda folder, content: recipes.parse(content | {"root": str(tiny_run.path)}))
     assert ablate_teacher.main(["--small", "--folder", str(tmp_path)]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(said) == 4 + 1 + 2 + 2
+    assert len(said) == 5 + 1 + 2 + 2
     assert {line["runs"] for line in said} == {2}
     shown = json.loads((tmp_path / "results.json").read_text())
     assert [row["arm"] for row in shown["arms"]] == [arm.name for arm in ablate_teacher.Plan(tmp_path, **LOSSES).arms()]
     trained = sorted((tmp_path / "trained").glob("*.json"))
-    assert len(trained) == 2 * 9
+    assert len(trained) == 2 * 10
     before = [path.stat().st_mtime_ns for path in trained]
     assert ablate_teacher.main(["--small", "--folder", str(tmp_path)]) == 0
     assert [path.stat().st_mtime_ns for path in trained] == before
