@@ -1,7 +1,7 @@
 """The decoder: language model, then scorer with a last-token head; or an encoder that scores from the start."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -127,12 +127,19 @@ def save(
 
 
 def hugging_face(model: nn.Module) -> "PreTrainedModel":
-    """The model as transformers knows it."""
-    return cast("PreTrainedModel", model.model if isinstance(model, MeanPooled) else model)
+    """The model as transformers knows it, out of what scores or trains it our way."""
+    from transformers import PreTrainedModel
+
+    return cast(PreTrainedModel, model if isinstance(model, PreTrainedModel) else model.model)
 
 
 def raw_scores(model: nn.Module, rows: Rows) -> Tensor:
-    """Raw logits [rows], float32.
+    """Raw logits [rows], float32."""
+    return in_pieces(model, rows, lambda piece: _logits(model, piece))
+
+
+def in_pieces(model: nn.Module, rows: Rows, compute: Callable[[Rows], Tensor]) -> Tensor:
+    """What is computed with the model of each row, [rows, ...].
 
     Rows of like length go through the model together: the documents of one list differ in length, and padding all to
     the longest would be a third of the work. Under FSDP, where all workers must call the model equally often, they go
@@ -140,8 +147,8 @@ def raw_scores(model: nn.Module, rows: Rows) -> Tensor:
     """
     order = rows.real.sum(1).argsort()
     pieces = 1 if isinstance(model, FSDPModule) else max(1, min(PIECES, int(rows.real.sum()) // LEAST_TOKENS))
-    scores = torch.cat([_logits(model, rows.some(places)) for places in order.tensor_split(pieces)])
-    return scores[order.argsort()]
+    found = torch.cat([compute(rows.some(places)) for places in order.tensor_split(pieces)])
+    return found[order.argsort()]
 
 
 def _logits(model: nn.Module, rows: Rows) -> Tensor:
@@ -158,8 +165,8 @@ class Ranking:
         self, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune
     ):
         self._pad, self._cfg = tokens.contract.pad, cfg
-        self._train = [hand for group in _lists(train, tokens, cfg) for hand in deal(group, cfg.documents_per_list)]
-        self._validation = _lists(validation, tokens, cfg)
+        self._train = [hand for group in lists(train, tokens, cfg) for hand in deal(group, cfg.documents_per_list)]
+        self._validation = lists(validation, tokens, cfg)
         self.sizes = [group.size for group in self._train]
 
     def batch(self, places: list[int]) -> Lists:
@@ -209,7 +216,7 @@ def targets(docs: Sequence[dict[str, Any]], cfg: Finetune) -> list[float | None]
     return clicked
 
 
-def _lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> list[Group]:
+def lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> list[Group]:
     """Groups with at least two different targets, ready to train on."""
     found = []
     for group in groups:
