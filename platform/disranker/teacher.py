@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +97,12 @@ def scorer(folder: str | Path, tokens: Tokens, seed: int) -> "PreTrainedModel | 
     return MeanPooled(model) if tokens.contract.pooling == "mean" else model
 
 
+class Scored(NamedTuple):
+    """A tuple, so that FSDP finds the tensor in it: it gathers weights again when the gradient comes by."""
+
+    logits: Tensor  # [rows, 1]
+
+
 class MeanPooled(nn.Module):
     """A decoder that scores the mean of all its tokens, where transformers scores the last one alone."""
 
@@ -106,11 +111,11 @@ class MeanPooled(nn.Module):
         self.model: Any = model
         self.config = model.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Scored:
         hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         # The head is one linear layer, so that the mean of its scores is the score of the mean.
         scores = self.model.score(hidden).squeeze(-1).float().masked_fill(attention_mask == 0, 0)
-        return SimpleNamespace(logits=(scores.sum(1) / attention_mask.sum(1)).unsqueeze(-1))
+        return Scored(scores.sum(1, keepdim=True) / attention_mask.sum(1, keepdim=True))
 
 
 def save(
