@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -49,7 +50,7 @@ def plain(loss, s, t):
         wanted, given = ([e / sum(es) for e in es] for es in (wanted, given))
         return 4 * sum(p * torch.log(p / q) for p, q in zip(wanted, given, strict=True))
     order = sorted(places, key=lambda i: t[i])  # Python's sort is stable as well
-    beside = squared(s, t, zip(order, order[1:], strict=False))
+    beside = squared(s, t, itertools.pairwise(order))
     far = sorted([(i, j) for i in places for j in places if i < j], key=lambda pair: -abs(t[pair[0]] - t[pair[1]]))
     return {
         "pointwise": point,
@@ -94,7 +95,12 @@ def test_values_and_gradients_are_those_of_the_plain_formula_also_beside_padding
     assert not ours.grad[0, len(scores) :].any()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def sampled(s, t, real):
+    torch.manual_seed(4)
+    return losses.margin_mse(s, t, real, "sampled")
+
+
+@pytest.mark.parametrize("loss", [*LOSSES.values(), sampled], ids=[*LOSSES, "sampled"])
 @pytest.mark.parametrize("padding", [float("nan"), 1e9, -1e9, float("inf"), -float("inf")])
 def test_padded_documents_never_matter(loss, padding):
     real = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -102,7 +108,7 @@ def test_padded_documents_never_matter(loss, padding):
     for filler in (0.0, padding):
         scores = torch.tensor([[0.5, -1.0, 2.0, filler], [1.0, 3.0, filler, filler]], requires_grad=True)
         targets = torch.tensor([[1.0, 0.0, 2.0, filler], [2.0, 1.0, filler, filler]])
-        result = LOSSES[loss](scores, targets, real)
+        result = loss(scores, targets, real)
         result.backward()
         assert scores.grad.isfinite().all() and not scores.grad[~real].any()
         found.append((result.item(), scores.grad.tolist()))
@@ -214,7 +220,9 @@ def test_torchs_seed_decides_which_pairs_are_sampled():
 @given(lists=st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=3), share=st.floats(0.01, 1))
 def test_each_list_has_its_share_of_pairs_and_padding_is_in_none(lists, share):
     real = torch.tensor([[place < len(one) for place in range(7)] for one in lists])
-    teacher = torch.full(real.shape, torch.nan).masked_scatter(real, torch.tensor(sum(lists, []), dtype=torch.float))
+    teacher = torch.full(real.shape, torch.nan).masked_scatter(
+        real, torch.tensor([float(x) for one in lists for x in one])
+    )
     for pairs in ("all", "neighbours", "gaps", "sampled"):
         found = losses.compared(teacher, real, pairs, share)
         assert torch.equal(found, found.transpose(1, 2)) and not found[~real].any()
@@ -239,7 +247,7 @@ def test_a_student_that_is_off_by_one_number_everywhere_loses_nothing_over_any_p
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
 def test_a_soft_kl_has_gradients_near_a_mean_squared_error_of_centred_scores(temperature):
-    """At a high temperature the gradient is (s - t) / n for centred scores (Hinton et al.): the square keeps its size."""
+    """At a high temperature the gradient is (s - t) / n for centred scores (Hinton et al.): the square sees to it."""
     scores, teacher = row(0.5, -1.0, 0.5).requires_grad_(), row(1.0, 1.0, -2.0)
     losses.kl(scores, teacher, torch.ones(1, 3, dtype=torch.bool), temperature).backward()
     near = torch.allclose(scores.grad, (scores.detach() - teacher) / 3, atol=0.05)

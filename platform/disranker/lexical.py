@@ -4,8 +4,7 @@ A simple form of the Term Control Layer of RRADistill (arXiv 2410.18097). The he
 query token, so that what it asks for has to come through the encoder.
 """
 
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Told(NamedTuple):
+    """A tuple, so that FSDP finds the tensors in it."""
+
+    logits: Tensor  # [rows, 1]
+    occurs: Tensor  # [rows, length, 1], above 0 where a token is held to stand in the document
+
+
 class Telling(nn.Module):
     """A student with the head; its own scores are what they are without it, and `teacher.save` leaves the head out."""
 
@@ -29,10 +35,9 @@ class Telling(nn.Module):
         torch.manual_seed(seed)
         self.head = nn.Linear(model.config.hidden_size, 1)
 
-    def forward(self, **inputs: Tensor) -> SimpleNamespace:
-        """logits [rows, 1]; occurs [rows, length], above 0 where a token is held to stand in the document."""
+    def forward(self, **inputs: Tensor) -> Told:
         output = self.model(**inputs, output_hidden_states=True)
-        return SimpleNamespace(logits=output.logits, occurs=self.head(output.hidden_states[-1]).squeeze(-1))
+        return Told(output.logits, self.head(output.hidden_states[-1]))
 
 
 def scores(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -40,7 +45,8 @@ def scores(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
 
     def compute(piece: Rows) -> Tensor:
         output = model(**piece.inputs(spread.plain(model)))
-        return torch.stack([output.logits.squeeze(-1).float(), loss(output.occurs.float(), piece)], dim=1)
+        missed = loss(output.occurs.squeeze(-1).float(), piece)
+        return torch.stack([output.logits.squeeze(-1).float(), missed], dim=1)
 
     raw, each = in_pieces(model, rows, compute).unbind(1)
     return raw, each.mean()

@@ -183,9 +183,7 @@ class Distill(Training):
         if hybrid and self.alpha == self.beta == 0:
             raise ValueError("alpha and beta are both 0: nothing would be learned")
         if self.targets != "teacher" and self.loss not in ("ranknet", "margin"):
-            raise ValueError(
-                f"loss {self.loss} learns a teacher's scores: with targets {self.targets} take ranknet or margin"
-            )
+            raise ValueError(f"loss {self.loss} learns scores; targets {self.targets} go with ranknet or margin")
         if self.pairs != "all" and not (hybrid and self.beta):
             raise ValueError(f"pairs {self.pairs} is a choice for Margin-MSE, which needs loss hybrid and beta above 0")
         if self.temperature != 1 and self.loss != "kl":
