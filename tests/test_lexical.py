@@ -136,8 +136,8 @@ def test_a_saved_student_is_a_plain_bert_without_the_head(base, tokens, tmp_path
     assert all(torch.equal(weight, kept[name]) for name, weight in found.state_dict().items())
 
 
-def test_40_steps_halve_what_the_head_misses_and_a_run_that_died_goes_on_with_it(base, tokens):
-    cfg = Distill(lexical=10.0, epochs=40, lr=1e-2, tokens_per_batch=999, validations=1)
+def test_25_steps_halve_what_the_head_misses_and_a_run_that_died_goes_on_with_it(base, tokens):
+    cfg = Distill(lexical=10.0, epochs=25, lr=1e-2, tokens_per_batch=999, validations=1)
     learned = task(tokens, lexical=10.0)
     planned = fit.steps(learned, cfg, seed=1)
 
