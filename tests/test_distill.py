@@ -84,6 +84,13 @@ def test_labels_of_another_teacher_than_the_one_that_is_there_are_refused_by_bot
     assert f"remove {store.at('labels', 'manifest.json')} and run jobs.score" in said
 
 
+def test_the_stage_is_refused_before_a_student_is_written_or_a_worker_started(store, monkeypatch):
+    label(store, 8)
+    monkeypatch.setattr(distill, "start", lambda *_: pytest.fail("a student was written"))
+    with pytest.raises(Refused, match="1 of 9 pairs"):
+        distill.run(given(store), store, None)
+
+
 def test_hard_labels_need_no_teacher_but_a_training_list_with_2_targets(store):
     for targets in ("grades", "evidence", "grades_then_evidence"):
         distill.check(given(store, targets=targets, loss="ranknet"), store)
