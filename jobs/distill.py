@@ -1,25 +1,57 @@
-"""Distillation: the student learns to give the teacher's scores."""
+"""Distillation: the student learns to give the teacher's scores, or for comparison to order by hard labels."""
 
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from torch import nn
 
-from disranker import student
+from disranker import student, teacher
 from disranker.contract import Tokens
-from disranker.recipe import Recipe
+from disranker.recipe import Finetune, Recipe, Refused
 from disranker.stages import Step
-from disranker.store import Store
-from jobs import launch, training
+from disranker.store import MANIFEST, Store
+from jobs import launch, parts, training
 from jobs.score import Group, Teacher
+
+SPLITS = ("train", "validation")
+GRADES = Finetune(labels="grades")
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
+    check(recipe, store)
     with tempfile.TemporaryDirectory() as folder:
         start(recipe, store, Path(folder))
         return training.run(recipe, store, step, Path(folder))
+
+
+def check(recipe: Recipe, store: Store) -> None:
+    """Raises `Refused`, before any worker starts, where there is not what the student is to learn."""
+    judge = _judge(recipe, store) if recipe.distill.targets == "teacher" else None
+
+    def count(part: int) -> dict[str, int]:
+        groups = store.read("groups", part=part, where=pc.field("split") != "test").to_pylist()
+        if judge:
+            return parts.total(map(student.asked, groups, judge.scores(groups)))
+        different = (set(teacher.targets(g["docs"], hard(recipe))) - {None} for g in groups if g["split"] == "train")
+        return {"lists": sum(len(targets) > 1 for targets in different)}
+
+    counts = parts.total(parts.each(recipe.ingest.parts, count, "distill: labels of parts looked up"))
+    student.check_labels(counts, recipe.distill)
+
+
+def _judge(recipe: Recipe, store: Store) -> Teacher:
+    """The teacher. Raises `Refused` where the labels are those of another, or all the same."""
+    judge, made = Teacher.of(recipe, store), store.manifest("labels")["counts"]
+    if made["teacher"] != judge.name:
+        raise Refused(
+            f"distill: the labels are of teacher {made['teacher']}, but the weights, dtype and vLLM here are teacher "
+            f"{judge.name}; remove {store.at('labels', MANIFEST)} and run jobs.score"
+        )
+    student.check_scale(made["scores"]["mean"], made["scores"]["deviation"])
+    return judge
 
 
 def start(recipe: Recipe, store: Store, folder: Path) -> None:
@@ -32,11 +64,22 @@ def start(recipe: Recipe, store: Store, folder: Path) -> None:
 
 
 def task(recipe: Recipe, store: Store, tokens: Tokens) -> student.Distillation:
+    cfg, groups = recipe.distill, training.groups(store)
+    if cfg.targets != "teacher":
+        train, validation = (teacher.lists(groups[split], tokens, hard(recipe)) for split in SPLITS)
+        return student.Distillation(train, validation, [], tokens.contract.pad, cfg)
     stats = store.manifest("labels")["counts"]["scores"]
-    teacher = Teacher.of(recipe, store)
-    groups = training.groups(store)
-    train, validation = (labelled(groups[split], teacher) for split in ("train", "validation"))
-    return student.Distillation(train, validation, tokens, recipe.distill, stats["mean"], stats["deviation"])
+    judge = Teacher.of(recipe, store)
+    train, validation = (
+        student.taught(labelled(groups[split], judge), tokens, stats["mean"], stats["deviation"]) for split in SPLITS
+    )
+    graded = teacher.lists(groups["validation"], tokens, GRADES)
+    return student.Distillation(train, validation, graded, tokens.contract.pad, cfg)
+
+
+def hard(recipe: Recipe) -> Finetune:
+    """Which labels the student learns without the teacher, as fine-tuning takes them."""
+    return recipe.finetune.model_copy(update={"labels": recipe.distill.targets})
 
 
 def labelled(groups: list[Group], teacher: Teacher) -> list[tuple[Group, list[float]]]:

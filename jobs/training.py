@@ -29,11 +29,11 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
-from disranker import fit, lora, spread, teacher, tracking
+from disranker import fit, lexical, lora, spread, teacher, tracking
 from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.fit import Task
-from disranker.recipe import Recipe, Refused, Training
+from disranker.recipe import Distill, Recipe, Refused, Training
 from disranker.stages import Step
 from disranker.store import Store
 from jobs.launch import SAY_EVERY_S, Failed, say
@@ -144,7 +144,9 @@ def _lower(stage: str, cfg: Training) -> str:
 
 def _model(stage: str, start: str, tokens: Tokens, seed: int, cfg: Training) -> tuple[nn.Module, Any]:
     """The model that a stage starts from, and its adapters if the recipe asks for them."""
-    model: nn.Module = import_module(f"jobs.{stage}").model(start, tokens, seed)
+    model = import_module(f"jobs.{stage}").model(start, tokens, seed)
+    if isinstance(cfg, Distill) and cfg.lexical:
+        model = lexical.Telling(model, seed)
     return model, lora.adapt(model, cfg) if cfg.lora_rank else None
 
 

@@ -78,6 +78,8 @@ def test_each_document_is_dealt_once_with_its_target(targets, documents):
     assert sorted(dealt) == [(place, float(target)) for place, target in enumerate(targets)]
     sizes = [len(hand.rows) for hand in hands]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1 and max(sizes) <= documents
+    lowest, highest = sorted(targets)[len(hands) - 1], sorted(targets)[-len(hands)]
+    assert all(min(hand.targets) <= lowest and max(hand.targets) >= highest for hand in hands)
 
 
 def test_rows_are_padded_on_the_right_with_the_document_in_segment_1():

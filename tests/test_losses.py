@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,11 @@ LOSSES = {
     "listwise": losses.listwise,
     "pointwise": losses.pointwise,
     "margin_mse": losses.margin_mse,
+    "neighbours": lambda s, t, real: losses.margin_mse(s, t, real, "neighbours"),
+    "gaps": lambda s, t, real: losses.margin_mse(s, t, real, "gaps", 0.4),
     "hybrid": lambda s, t, real: losses.hybrid(s, t, real, 0.5, 2.0),
+    "hybrid of neighbours": lambda s, t, real: losses.hybrid(s, t, real, 0.5, 2.0, "neighbours"),
+    "kl": lambda s, t, real: losses.kl(s, t, real, 2.0),
 }
 
 
@@ -40,7 +45,27 @@ def plain(loss, s, t):
     if loss == "listwise":
         whole = torch.log(sum(torch.exp(score) for score in s))
         return sum(-t[i] * (s[i] - whole) for i in places) / sum(t)
-    return {"pointwise": point, "margin_mse": pairs, "hybrid": 0.5 * point + 2 * pairs}[loss]
+    if loss == "kl":
+        wanted, given = ([torch.exp(torch.as_tensor(x, dtype=torch.float64) / 2) for x in xs] for xs in (t, s))
+        wanted, given = ([e / sum(es) for e in es] for es in (wanted, given))
+        return 4 * sum(p * torch.log(p / q) for p, q in zip(wanted, given, strict=True))
+    order = sorted(places, key=lambda i: t[i])  # Python's sort is stable as well
+    beside = squared(s, t, itertools.pairwise(order))
+    far = sorted([(i, j) for i in places for j in places if i < j], key=lambda pair: -abs(t[pair[0]] - t[pair[1]]))
+    return {
+        "pointwise": point,
+        "margin_mse": pairs,
+        "neighbours": beside,
+        "gaps": squared(s, t, far[: math.ceil(round(0.4 * len(far), 6))]),
+        "hybrid": 0.5 * point + 2 * pairs,
+        "hybrid of neighbours": 0.5 * point + 2 * beside,
+    }[loss]
+
+
+def squared(s, t, pairs):
+    """Mean squared difference of the differences over these pairs: each order gives the same."""
+    each = [(s[i] - s[j] - t[i] + t[j]) ** 2 for i, j in pairs]
+    return sum(each) / len(each)
 
 
 numbers = st.floats(-5, 5).map(lambda x: round(x, 3))
@@ -70,7 +95,12 @@ def test_values_and_gradients_are_those_of_the_plain_formula_also_beside_padding
     assert not ours.grad[0, len(scores) :].any()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def sampled(s, t, real):
+    torch.manual_seed(4)
+    return losses.margin_mse(s, t, real, "sampled")
+
+
+@pytest.mark.parametrize("loss", [*LOSSES.values(), sampled], ids=[*LOSSES, "sampled"])
 @pytest.mark.parametrize("padding", [float("nan"), 1e9, -1e9, float("inf"), -float("inf")])
 def test_padded_documents_never_matter(loss, padding):
     real = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -78,7 +108,7 @@ def test_padded_documents_never_matter(loss, padding):
     for filler in (0.0, padding):
         scores = torch.tensor([[0.5, -1.0, 2.0, filler], [1.0, 3.0, filler, filler]], requires_grad=True)
         targets = torch.tensor([[1.0, 0.0, 2.0, filler], [2.0, 1.0, filler, filler]])
-        result = LOSSES[loss](scores, targets, real)
+        result = loss(scores, targets, real)
         result.backward()
         assert scores.grad.isfinite().all() and not scores.grad[~real].any()
         found.append((result.item(), scores.grad.tolist()))
@@ -98,7 +128,12 @@ def test_padded_documents_never_matter(loss, padding):
         ("pointwise", (1.0, 4.0), (0, 2), (1 + 4) / 2),
         ("margin_mse", (1.0, 4.0), (0, 2), 1.0),
         ("margin_mse", (1.0, 4.0, 0.0), (0, 2, 0), ((-3 + 2) ** 2 + 1**2 + (4 - 2) ** 2) / 3),
+        ("neighbours", (1.0, 4.0, 0.0), (5, 2, 1), ((-3 - 3) ** 2 + (4 - 1) ** 2) / 2),
+        ("gaps", (1.0, 4.0, 0.0), (5, 2, 1), ((1 - 4) ** 2 + (-3 - 3) ** 2) / 2),  # gaps 4 and 3, not 1
         ("hybrid", (1.0, 4.0), (0, 2), 0.5 * 2.5 + 2 * 1.0),
+        ("hybrid of neighbours", (1.0, 4.0), (0, 2), 0.5 * 2.5 + 2 * 1.0),
+        ("kl", (0.0, 2 * math.log(3)), (0.0, 0.0), 4 * 0.5 * (math.log(2) + math.log(2 / 3))),
+        ("kl", (7.0, 8.0), (2.0, 3.0), 0.0),  # a softmax does not see a shift
     ],
 )
 def test_values_by_hand(loss, scores, targets, expected):
@@ -118,6 +153,111 @@ def test_point_is_mean_squared_plus_variance_and_margin_2n_over_n_minus_1_of_it(
 def test_margin_mse_ignores_a_shift_of_all_teacher_scores_and_point_mse_does_not():
     assert value("margin_mse", (1, 4, 2), (103, 100, 101)) == pytest.approx(value("margin_mse", (1, 4, 2), (3, 0, 1)))
     assert value("pointwise", (1, 4), (5, 5)) != value("pointwise", (1, 4), (6, 6))
+
+
+# Which pairs Margin-MSE compares
+
+
+def compared(teacher, pairs, share=0.5):
+    """The pairs (i, j), i < j, of one list; and the matrix has each in both orders."""
+    found = losses.compared(row(*teacher), torch.ones(1, len(teacher), dtype=torch.bool), pairs, share)[0]
+    assert torch.equal(found, found.T) and not found.diagonal().any()
+    return [(i, j) for i, j in found.nonzero().tolist() if i < j]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "share", "expected"),
+    [
+        ("all", 0.1, [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]),
+        ("neighbours", 0.1, [(0, 2), (0, 3), (1, 2)]),
+        ("gaps", 0.5, [(0, 1), (1, 3), (2, 3)]),  # 5, 9 and 6 of 5, 2, 4, 3, 9, 6
+        ("gaps", 0.34, [(0, 1), (1, 3), (2, 3)]),  # 2.04 pairs are 3
+        ("gaps", 0.33, [(1, 3), (2, 3)]),
+        ("gaps", 0.001, [(1, 3)]),
+        ("gaps", 1.0, [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]),
+        ("sampled", 1.0, [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]),
+    ],
+)
+def test_which_pairs_of_scores_5_0_3_9_are_compared(pairs, share, expected):
+    assert compared((5, 0, 3, 9), pairs, share) == expected
+
+
+def test_of_equal_scores_the_first_document_is_the_neighbour_and_none_is_sampled():
+    assert compared((1, 0, 1, 1), "neighbours") == [(0, 1), (0, 2), (2, 3)]
+    assert compared((1, 0, 1, 1), "sampled", 1.0) == [(0, 1), (1, 2), (1, 3)]
+    assert compared((1, 1, 1), "sampled", 1.0) == [] and len(compared((1, 1, 1), "gaps", 1.0)) == 3
+
+
+def test_a_pair_is_sampled_with_a_chance_as_its_gap():
+    lists = 30_000
+    teacher = torch.tensor([[0.0, 1.0, 3.0]]).expand(lists, 3)
+    torch.manual_seed(5)
+    one = losses.compared(teacher, torch.ones(lists, 3, dtype=torch.bool), "sampled", 1 / 3).triu(1)
+    assert one.sum((1, 2)).eq(1).all()
+    found = [one[:, i, j].float().mean().item() for i, j in ((0, 1), (1, 2), (0, 2))]
+    assert found == pytest.approx([1 / 6, 2 / 6, 3 / 6], abs=0.01)
+
+
+def test_the_second_pair_is_sampled_from_those_that_are_left():
+    lists = 30_000
+    torch.manual_seed(5)
+    teacher = torch.tensor([[0.0, 1.0, 3.0]]).expand(lists, 3)
+    two = losses.compared(teacher, torch.ones(lists, 3, dtype=torch.bool), "sampled", 2 / 3).triu(1)
+    # gaps 1, 2, 3: the gap of 1 is left out if 3 comes first and 2 then, or the other way round
+    without = (1 - two[:, 0, 1].float()).mean().item()
+    assert two.sum((1, 2)).eq(2).all() and without == pytest.approx(1 / 2 * 2 / 3 + 1 / 3 * 3 / 4, abs=0.01)
+
+
+def test_torchs_seed_decides_which_pairs_are_sampled():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return compared(range(8), "sampled")
+
+    assert drawn(1) == drawn(1) != drawn(2) and len(drawn(1)) == 14
+
+
+@settings(deadline=None)
+@given(lists=st.lists(st.lists(st.integers(0, 4), max_size=6), min_size=1, max_size=3), share=st.floats(0.01, 1))
+def test_each_list_has_its_share_of_pairs_and_padding_is_in_none(lists, share):
+    real = torch.tensor([[place < len(one) for place in range(7)] for one in lists])
+    teacher = torch.full(real.shape, torch.nan).masked_scatter(
+        real, torch.tensor([float(x) for one in lists for x in one])
+    )
+    for pairs in ("all", "neighbours", "gaps", "sampled"):
+        found = losses.compared(teacher, real, pairs, share)
+        assert torch.equal(found, found.transpose(1, 2)) and not found[~real].any()
+        for one, matrix in zip(lists, found, strict=True):
+            n, apart = len(one), sum(a != b for i, a in enumerate(one) for b in one[:i])
+            few = {"gaps": n * (n - 1) // 2, "sampled": apart}
+            wanted = {"all": n * (n - 1) // 2, "neighbours": max(0, n - 1)} | {
+                name: math.ceil(torch.tensor(share) * count) for name, count in few.items()
+            }
+            assert matrix.sum() == 2 * wanted[pairs]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(numbers, min_size=2, max_size=6), st.floats(0.1, 1))
+def test_a_student_that_is_off_by_one_number_everywhere_loses_nothing_over_any_pairs(scores, share):
+    teacher = row(*scores)
+    real = torch.ones_like(teacher, dtype=torch.bool)
+    for choice in ("all", "neighbours", "gaps", "sampled"):
+        assert losses.margin_mse(teacher + 3, teacher, real, choice, share).item() == pytest.approx(0, abs=1e-12)
+        assert losses.hybrid(teacher + 3, teacher, real, 0.5, 1, choice, share).item() == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
+def test_a_soft_kl_has_gradients_near_a_mean_squared_error_of_centred_scores(temperature):
+    """At a high temperature the gradient is (s - t) / n for centred scores (Hinton et al.): the square sees to it."""
+    scores, teacher = row(0.5, -1.0, 0.5).requires_grad_(), row(1.0, 1.0, -2.0)
+    losses.kl(scores, teacher, torch.ones(1, 3, dtype=torch.bool), temperature).backward()
+    near = torch.allclose(scores.grad, (scores.detach() - teacher) / 3, atol=0.05)
+    assert near == (temperature == 20)
+
+
+def test_kl_counts_lists_of_2_documents_and_more_alone():
+    scores, teacher = torch.tensor([[1.0, 0.0], [5.0, 9.0]]), torch.zeros(2, 2)
+    one = losses.kl(scores[:1], teacher[:1], torch.tensor([[True, True]]), 1.0)
+    assert losses.kl(scores, teacher, torch.tensor([[True, True], [True, False]]), 1.0) == one > 0
 
 
 def test_a_margin_by_gap_asks_3_times_as_much_of_grades_that_differ_by_3():

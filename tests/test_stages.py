@@ -71,7 +71,7 @@ def test_a_changed_setting_changes_its_stage_and_all_that_follow(changed, first)
     [
         {"pretrain": {"cpus_per_worker": 7}},
         {"finetune": {"gpus_per_worker": 1}},
-        {"distill": {"checkpoint_every_steps": 7}},
+        {"distill": {"checkpoint_every_steps": 7, "max_missing_share": 0.5}},
         {"score": {"actors": 3, "cpus_per_actor": 2, "gpus_per_actor": 1, "kv_cache_gib": 4}},
         {"serve": {"port": 80}},
     ],

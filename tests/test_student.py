@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from builders import TEXTS, TINY_STUDENT, doc, save_decoder
@@ -5,7 +7,7 @@ from test_engine import save_student
 from transformers import AutoConfig, BertForSequenceClassification
 
 from disranker import losses, student
-from disranker.batches import Rows
+from disranker.batches import Group, Rows
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused, Student
 from disranker.teacher import raw_scores
@@ -23,7 +25,8 @@ def tokens(base):
 
 @pytest.fixture(scope="module")
 def model(base):
-    return student.load(save_student(base.parent / "scorer")).eval()
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return student.load(save_student(base.parent / "scorer", **still))
 
 
 def cfg(take, layers):
@@ -59,12 +62,26 @@ def test_a_shortened_base_keeps_embeddings_and_its_2_layers_and_gets_one_score(b
     student.shortened(str(base), tmp_path, cfg(take, 2), seed=1)
     whole, short = BertForSequenceClassification.from_pretrained(base), student.load(tmp_path)
     assert short.config.num_hidden_layers == len(short.bert.encoder.layer) == 2 and short.config.num_labels == 1
-    assert torch.equal(whole.bert.embeddings.word_embeddings.weight, short.bert.embeddings.word_embeddings.weight)
+    kept = short.bert.embeddings.state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in whole.bert.embeddings.state_dict().items())
+    assert kept["word_embeddings.weight"].shape == (120, 32) and torch.equal(
+        whole.bert.pooler.dense.weight, short.bert.pooler.dense.weight
+    )
+    old, new = ((folder / "tokenizer.json").read_text() for folder in (base, tmp_path))
+    assert json.loads(old)["model"]["vocab"] == json.loads(new)["model"]["vocab"]
     for place, layer in zip(chosen, short.bert.encoder.layer, strict=True):
         for name, weight in layer.state_dict().items():
             assert torch.equal(weight, whole.bert.encoder.layer[place].state_dict()[name])
     assert short.config.hidden_dropout_prob == short.config.attention_probs_dropout_prob == 0
     assert Tokens.agree(tmp_path, "encoder", TINY_STUDENT).contract.close == 3
+
+
+@pytest.mark.parametrize("layers", range(2, 13))
+def test_a_base_of_12_layers_gives_2_to_12_of_them(layers):
+    assert student.layers(12, cfg("first", layers)) == list(range(layers))
+    assert student.layers(12, cfg("last", layers)) == list(range(12 - layers, 12))
+    if layers <= 6:
+        assert student.layers(12, cfg("every_second", layers)) == list(range(0, 2 * layers, 2))
 
 
 def test_the_new_head_is_drawn_by_the_seed(base, tmp_path):
@@ -119,35 +136,100 @@ def test_a_score_is_the_same_alone_and_in_a_padded_batch(model, tokens):
 
 # Distillation
 
-GROUP = {"query": "red", "docs": [doc("a", title="shoe"), doc("b", title="rain jacket"), doc("c", title="kids")]}
+TITLES = {"a": "shoe", "b": "rain jacket", "c": "kids"}
+GROUP = {"query": "red", "split": "train", "docs": [doc(doc_id, title=title) for doc_id, title in TITLES.items()]}
 
 
-def distillation(tokens, scores=((2.0, 6.0, 4.0),), validation=(), **settings):
-    train = [(GROUP, of) for of in scores]
-    return student.Distillation(train, [(GROUP, of) for of in validation], tokens, Distill(**settings), 4.0, 2.0)
+def distillation(tokens, scores=((2.0, 6.0, 4.0),), validation=(), graded=(), **settings):
+    train, held_out = (
+        student.taught([(GROUP, of) for of in lists], tokens, 4.0, 2.0) for lists in (scores, validation)
+    )
+    return student.Distillation(train, held_out, graded, tokens.contract.pad, Distill(**settings))
 
 
 def test_teacher_scores_of_2_6_4_become_minus_1_1_0_by_a_mean_of_4_and_a_deviation_of_2(tokens):
     assert student.standardised([2.0, 6.0, 4.0], 4.0, 2.0) == [-1, 1, 0]
     task = distillation(tokens)
     batch = task.batch([0])
-    assert sorted(batch.targets[0].tolist()) == [-1, 0, 1] and task.sizes == [(3, 6)]
+    assert sorted(batch.targets[0].tolist()) == [-1, 0, 1] and task.sizes == [(3, 6)] and task.query(0) == "red"
     longest = batch.rows.real.sum(1).argmax().item()  # b, of the highest score, has the longest title
     assert batch.targets[0, longest] == 1
 
 
 def test_a_list_of_4_is_dealt_into_2_of_2_for_training_and_stays_whole_for_validation(tokens):
     four = {"query": "red", "docs": [*GROUP["docs"], doc("d", title="warm")]}
-    lists = [(four, (2.0, 6.0, 4.0, 3.0))]
-    task = student.Distillation(lists, lists, tokens, Distill(documents_per_list=2), 4.0, 2.0)
+    lists = student.taught([(four, (2.0, 6.0, 4.0, 3.0))], tokens, 4.0, 2.0)
+    task = student.Distillation(lists, lists, [], 0, Distill(documents_per_list=2))
     assert [rows for rows, _ in task.sizes] == [2, 2]
-    assert [group.size[0] for group in task._validation] == [4]
+    assert [sorted(task.batch([hand]).targets[0].tolist()) for hand in (0, 1)] == [[-1, 0], [-0.5, 1]]
+    assert [group.size[0] for group in task._validation["teacher_pair_accuracy"]] == [4]
 
 
-@pytest.mark.parametrize("deviation", [0.0, float("nan"), -1.0])
-def test_a_teacher_that_scores_all_alike_teaches_nothing(deviation):
-    with pytest.raises(ValueError, match="the same score"):
-        student.standardised([1.0], 1.0, deviation)
+@pytest.mark.parametrize(
+    ("mean", "deviation"), [(1.0, 0.0), (0.0, 0.0), (1.0, float("nan")), (1.0, -1.0), (-0.1, 1.4e-17)]
+)
+def test_a_teacher_that_scores_all_alike_is_refused(mean, deviation):
+    for call in (lambda: student.standardised([1.0], mean, deviation), lambda: student.check_scale(mean, deviation)):
+        with pytest.raises(Refused, match=rf"the same score, {mean:g}: nothing can be distilled"):
+            call()
+
+
+def test_a_deviation_of_2_hundred_thousandths_of_the_mean_is_a_scale():
+    student.check_scale(-100.0, 2e-3)
+    student.check_scale(0.0, 1e-9)
+
+
+def counted(*scores, split="train", asked=True):
+    docs = [doc(str(place), asked=asked) for place in range(len(scores))]
+    return student.asked({"query": "red", "split": split, "docs": docs}, scores)
+
+
+def test_pairs_that_were_asked_for_and_have_no_label_are_missing_and_2_labels_are_a_list():
+    assert counted(1.0, None, 2.0) == {"pairs": 3, "missing": 1, "lists": 1}
+    assert counted(1.0, None, 2.0, asked=False) == {"pairs": 0, "missing": 0, "lists": 1}
+    assert counted(0.0, 0.0, split="validation") == {"pairs": 2, "missing": 0, "lists": 0}
+    assert counted(1.0, None)["lists"] == 0 and counted(None, None)["missing"] == 2
+
+
+def test_the_302nd_missing_label_of_30_100_is_refused_with_both_numbers():
+    cfg = Distill()
+    student.check_labels({"pairs": 30_100, "missing": 301, "lists": 1}, cfg)
+    with pytest.raises(Refused, match=r"302 of 30100 pairs \(1\.0%\) have no label, .*max_missing_share 0\.01 allows"):
+        student.check_labels({"pairs": 30_100, "missing": 302, "lists": 1}, cfg)
+    student.check_labels({"pairs": 4, "missing": 4, "lists": 1}, Distill(max_missing_share=1.0))
+
+
+@pytest.mark.parametrize("counts", [{}, {"pairs": 9, "missing": 0, "lists": 0}])
+def test_labels_without_a_training_list_are_refused(counts):
+    with pytest.raises(Refused, match=r"no training list has two documents to compare by targets teacher"):
+        student.check_labels(counts, Distill())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"loss": "ranknet"}, losses.ranknet),
+        ({"loss": "ranknet", "targets": "grades"}, losses.ranknet),
+        ({"loss": "margin", "margin": 3.0}, lambda *given: losses.margin(*given, 3.0)),
+        ({"loss": "kl", "temperature": 3.0}, lambda *given: losses.kl(*given, 3.0)),
+        (
+            {"alpha": 0.5, "beta": 2.0, "pairs": "neighbours"},
+            lambda *given: losses.hybrid(*given, 0.5, 2.0, "neighbours"),
+        ),
+        (
+            {"alpha": 0.5, "beta": 2.0, "pairs": "gaps", "pair_share": 0.2},
+            lambda *given: losses.hybrid(*given, 0.5, 2.0, "gaps", 0.2),
+        ),
+    ],
+)
+def test_the_loss_of_the_recipe_is_taken(model, tokens, settings, expected):
+    task = distillation(tokens, **settings)
+    batch = task.batch([0])
+    scores = raw_scores(model, batch.rows).view(1, 3)
+    found = task.loss(model, batch).item()
+    assert found == pytest.approx(expected(scores, batch.targets, batch.real).item(), rel=1e-6) and found > 0
+    assert found != pytest.approx(distillation(tokens).loss(model, batch).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
@@ -162,8 +244,26 @@ def test_the_loss_is_alpha_point_plus_beta_margin(model, tokens, alpha, beta):
 
 
 def test_agreement_is_1_with_ones_own_scores_and_0_with_them_turned_round(model, tokens):
-    with torch.no_grad():
-        own = raw_scores(model, Rows.padded(tokens.listed("red", GROUP["docs"]), 0)).tolist()
+    own = scores(model, tokens)
     turned = [-score for score in own]
     found = [distillation(tokens, validation=[of]).validate(model) for of in (own, turned)]
     assert found == [{"teacher_pair_accuracy": 1.0}, {"teacher_pair_accuracy": 0.0}]
+
+
+def test_grades_of_validation_queries_are_measured_beside_the_teacher_and_decide_nothing(model, tokens):
+    own = scores(model, tokens)
+    graded = [Group(tokens.listed("red", GROUP["docs"]), [-score for score in own])]
+    task = distillation(tokens, validation=[own], graded=graded)
+    assert task.validate(model) == {"teacher_pair_accuracy": 1.0, "pair_accuracy": 0.0}
+    assert (task.metric, task.larger_is_better) == ("teacher_pair_accuracy", True)
+
+
+def test_without_the_teacher_the_agreement_with_hard_labels_decides(model, tokens):
+    own = scores(model, tokens)
+    task = distillation(tokens, validation=[own], targets="grades", loss="ranknet")
+    assert task.metric == "pair_accuracy" and task.validate(model) == {"pair_accuracy": 1.0}
+
+
+@torch.no_grad()
+def scores(model, tokens):
+    return raw_scores(model, Rows.padded(tokens.listed("red", GROUP["docs"]), 0)).tolist()

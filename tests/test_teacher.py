@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import TINY, doc, save_decoder
 from test_engine import save_student
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from disranker import contract, losses, teacher
@@ -135,6 +136,13 @@ def test_the_score_is_that_of_the_closing_token(scorer, tokens):
     found = teacher.raw_scores(scorer, Rows.padded(rows, 0))
     hidden = scorer.model(input_ids=torch.tensor([rows[0][0]])).last_hidden_state[0, -1]
     assert found[0].item() == pytest.approx((scorer.score.weight[0] @ hidden).item(), abs=1e-5)
+
+
+def test_fsdp_finds_the_1_tensor_in_what_a_mean_pooled_scorer_gives(folder):
+    tokens = Tokens.agree(folder, "decoder", TINY.model_copy(update={"pooling": "mean"}))
+    model = teacher.scorer(folder, tokens, 1)
+    rows = Rows.padded(tokens.prompts(["red", "red"], ["shoe", "rain jacket"], ["", ""]), 0)
+    assert [leaf.shape for leaf in tree_leaves(model(**rows.inputs(model)))] == [(2, 1)]
 
 
 def test_a_new_head_is_drawn_by_the_seed(folder, tokens):

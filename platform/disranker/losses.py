@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
+from disranker.recipe import Pairs
+
 
 def pairs_above(targets: Tensor, real: Tensor) -> Tensor:
     """[lists, documents, documents], true at (i, j) where i is to stand above j."""
@@ -45,15 +47,61 @@ def pointwise(scores: Tensor, targets: Tensor, real: Tensor) -> Tensor:
 point_mse = pointwise  # the student's loss against the teacher's score has the same form
 
 
-def margin_mse(student: Tensor, teacher: Tensor, real: Tensor) -> Tensor:
-    """mean over ordered in-query pairs of ((s_1 - s_2) - (t_1 - t_2))^2 (Hofstaetter et al., arXiv 2010.02666)."""
-    distinct = _both(real) & ~torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
-    return _mean((_differences(student, real) - _differences(teacher, real)).square(), distinct)
+def margin_mse(student: Tensor, teacher: Tensor, real: Tensor, pairs: Pairs = "all", share: float = 0.5) -> Tensor:
+    """mean over ordered in-query pairs of ((s_1 - s_2) - (t_1 - t_2))^2 (Hofstaetter et al., arXiv 2010.02666).
+
+    The mean is over the pairs that `compared` chooses, each in both orders.
+    """
+    chosen = compared(teacher, real, pairs, share)
+    return _mean((_differences(student, real) - _differences(teacher, real)).square(), chosen)
 
 
-def hybrid(student: Tensor, teacher: Tensor, real: Tensor, alpha: float, beta: float) -> Tensor:
+def compared(teacher: Tensor, real: Tensor, pairs: Pairs, share: float) -> Tensor:
+    """[lists, documents, documents], symmetric, true at the pairs that Margin-MSE compares.
+
+    `neighbours` follow each other in the teacher's order; `gaps` are the share of a list's pairs, at least one, that
+    the teacher holds furthest apart; `sampled` is as large a share, one pair after the other drawn with chances as the
+    gaps of those that are left, so that two documents of one teacher score are no pair. torch's seed decides the draw.
+    """
+    apart = _both(real).triu(1)  # each pair once
+    gaps = _differences(teacher, real).abs()
+    if pairs == "neighbours":
+        places = _places(teacher.masked_fill(~real, torch.inf))
+        apart = apart & (_differences(places, real).abs() == 1)
+    elif pairs == "gaps":
+        apart = _most(gaps, apart, share)
+    elif pairs == "sampled":
+        # The first of exponential waiting times with these rates are such draws (Efraimidis and Spirakis 2006).
+        waits = torch.empty_like(gaps).exponential_() / gaps
+        apart = _most(-waits, apart & (gaps > 0), share)
+    return apart | apart.transpose(1, 2)
+
+
+def hybrid(
+    student: Tensor,
+    teacher: Tensor,
+    real: Tensor,
+    alpha: float,
+    beta: float,
+    pairs: Pairs = "all",
+    share: float = 0.5,
+) -> Tensor:
     """alpha * Point-MSE + beta * Margin-MSE, on raw logits standardised over the whole label set."""
-    return alpha * point_mse(student, teacher, real) + beta * margin_mse(student, teacher, real)
+    return alpha * point_mse(student, teacher, real) + beta * margin_mse(student, teacher, real, pairs, share)
+
+
+def kl(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
+    """temperature^2 * mean over lists of KL(softmax(t / temperature) || softmax(s / temperature)).
+
+    Hinton et al., arXiv 1503.02531: with the square, gradients keep their size. A list of one document teaches nothing
+    and does not count.
+    """
+    wanted, given = (
+        torch.log_softmax((scores / temperature).masked_fill(~real, -torch.inf), dim=1).masked_fill(~real, 0)
+        for scores in (teacher, student)
+    )
+    each = (wanted.exp() * (wanted - given)).sum(1)  # 0 where no document stands: both are 0 there
+    return temperature**2 * _mean(each, real.sum(1) > 1)
 
 
 def pair_accuracy(scores: Tensor, targets: Tensor, real: Tensor) -> tuple[int, int]:
@@ -81,6 +129,18 @@ def _differences(scores: Tensor, real: Tensor) -> Tensor:
 
 def _both(real: Tensor) -> Tensor:
     return real.unsqueeze(2) & real.unsqueeze(1)
+
+
+def _places(values: Tensor) -> Tensor:
+    """The place of each value in rising order of the last dimension; of equal ones the first comes first."""
+    return values.argsort(dim=-1, stable=True).argsort(dim=-1)
+
+
+def _most(values: Tensor, among: Tensor, share: float) -> Tensor:
+    """True at the share of each list's pairs in `among`, rounded up, that has the largest values."""
+    wanted = (among.sum((1, 2)) * share).ceil()
+    order = _places(-values.masked_fill(~among, -torch.inf).flatten(1)).view(among.shape)
+    return among & (order < wanted.view(-1, 1, 1))
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:

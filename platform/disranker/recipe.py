@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from disranker.inputs import Amount, Cleaning, Count, Data, Ingest, Positive, Settings, Share, World
 
+Pairs = Literal["all", "neighbours", "gaps", "sampled"]  # of one query's documents, by the teacher's scores
+
 
 class Refused(ValueError):
     """Input or settings that a person must mend; jobs print the message alone and exit 2."""
@@ -164,13 +166,28 @@ class Distill(Training):
     epochs: Count = 6
     lr: Positive = 7e-4  # a small BERT from nothing stays on its plateau with much more
     documents_per_list: Annotated[int, Ge(2)] = 6  # as in finetune
-    alpha: Annotated[float, Ge(0)] = 1.0  # weight of Point-MSE
+    targets: Literal["teacher", "grades", "evidence", "grades_then_evidence"] = "teacher"  # others: finetune.labels
+    loss: Literal["hybrid", "ranknet", "kl", "margin"] = "hybrid"
+    alpha: Annotated[float, Ge(0)] = 1.0  # weight of Point-MSE in hybrid
     beta: Annotated[float, Ge(0)] = 1.0  # weight of Margin-MSE
+    pairs: Pairs = "all"  # that Margin-MSE compares
+    pair_share: Annotated[float, Gt(0), Le(1)] = 0.5  # of the pairs of a list, for gaps and sampled
+    temperature: Positive = 1.0  # of kl
+    margin: Positive = 0.5
+    lexical: Annotated[float, Ge(0)] = 0.0  # weight of telling which query tokens stand in the document; 0: not asked
+    max_missing_share: Share = 0.01  # of the pairs that the teacher was asked for; more without a label are refused
 
     @pydantic.model_validator(mode="after")
     def _some_loss(self) -> Self:
-        if self.alpha == self.beta == 0:
+        hybrid = self.loss == "hybrid"
+        if hybrid and self.alpha == self.beta == 0:
             raise ValueError("alpha and beta are both 0: nothing would be learned")
+        if self.targets != "teacher" and self.loss not in ("ranknet", "margin"):
+            raise ValueError(f"loss {self.loss} learns scores; targets {self.targets} go with ranknet or margin")
+        if self.pairs != "all" and not (hybrid and self.beta):
+            raise ValueError(f"pairs {self.pairs} is a choice for Margin-MSE, which needs loss hybrid and beta above 0")
+        if self.temperature != 1 and self.loss != "kl":
+            raise ValueError(f"temperature {self.temperature:g} is for loss kl, not {self.loss}")
         return self
 
 

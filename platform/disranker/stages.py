@@ -29,6 +29,7 @@ HOW = frozenset(
         "block_tokens",
         "kv_cache_gib",
         "max_bad_share",
+        "max_missing_share",
     }
 )
 

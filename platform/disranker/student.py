@@ -1,5 +1,6 @@
 """The BERT cross-encoder: from a checkpoint, from some of its layers, or from nothing; and what it learns."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disranker import contract, losses
+from disranker import contract, lexical, losses
 from disranker.batches import Group, Lists, collate, deal
 from disranker.contract import Tokens
 from disranker.recipe import Distill, Refused
 from disranker.recipe import Student as StudentSettings
 from disranker.teacher import pair_accuracy, raw_scores
+
+ROUNDING = 1e-6  # of float32 and of the sums over it, relative
 
 
 def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed: int) -> None:
@@ -90,30 +93,19 @@ def load(folder: str | Path) -> nn.Module:
 
 
 class Distillation:
-    """Lists with the teacher's scores, standardised by the mean and deviation of the whole label set."""
+    """Lists with targets: the teacher's standardised scores, or for comparison human grades or click evidence."""
 
-    metric, larger_is_better = "teacher_pair_accuracy", True
+    larger_is_better = True
 
     def __init__(
-        self,
-        train: Sequence[tuple[Mapping[str, Any], Sequence[float]]],
-        validation: Sequence[tuple[Mapping[str, Any], Sequence[float]]],
-        tokens: Tokens,
-        cfg: Distill,
-        mean: float,
-        deviation: float,
+        self, train: Sequence[Group], validation: Sequence[Group], graded: Sequence[Group], pad: int, cfg: Distill
     ):
-        """train, validation: (row of `groups`, raw teacher score of each of its documents)."""
-        self._pad, self._cfg = tokens.contract.pad, cfg
-        self._train, self._validation = (
-            [
-                Group(tokens.listed(g["query"], g["docs"]), standardised(s, mean, deviation), g["query"])
-                for g, s in pairs
-            ]
-            for pairs in (train, validation)
-        )
-        self._train = [hand for group in self._train for hand in deal(group, cfg.documents_per_list)]
+        """train, validation: with the targets of `cfg`; graded: validation lists with human grades, also to measure."""
+        self._pad, self._cfg = pad, cfg
+        self._train = [hand for group in train for hand in deal(group, cfg.documents_per_list)]
         self.sizes = [group.size for group in self._train]
+        self.metric = "teacher_pair_accuracy" if cfg.targets == "teacher" else "pair_accuracy"
+        self._validation = {self.metric: validation} | ({"pair_accuracy": graded} if graded else {})
 
     def batch(self, places: list[int]) -> Lists:
         return collate([self._train[place] for place in places], self._pad)
@@ -122,16 +114,65 @@ class Distillation:
         return self._train[place].query
 
     def loss(self, model: nn.Module, batch: Lists) -> Tensor:
-        scores = batch.spread(raw_scores(model, batch.rows))
-        return losses.hybrid(scores, batch.targets, batch.real, self._cfg.alpha, self._cfg.beta)
+        if not self._cfg.lexical:
+            return self._ranking(raw_scores(model, batch.rows), batch)
+        scores, missed = lexical.scores(model, batch.rows)
+        return self._ranking(scores, batch) + self._cfg.lexical * missed
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Agreement with the teacher on queries that it was not trained on."""
-        return {"teacher_pair_accuracy": pair_accuracy(model, self._validation, self._pad)}
+        """Agreement with the targets, and with human grades, on queries that it was not trained on."""
+        return {name: pair_accuracy(model, lists, self._pad) for name, lists in self._validation.items()}
+
+    def _ranking(self, scores: Tensor, batch: Lists) -> Tensor:
+        cfg, given = self._cfg, (batch.spread(scores), batch.targets, batch.real)
+        if cfg.loss == "hybrid":
+            return losses.hybrid(*given, cfg.alpha, cfg.beta, cfg.pairs, cfg.pair_share)
+        if cfg.loss == "kl":
+            return losses.kl(*given, cfg.temperature)
+        return losses.margin(*given, cfg.margin) if cfg.loss == "margin" else losses.ranknet(*given)
+
+
+def taught(
+    labelled: Sequence[tuple[Mapping[str, Any], Sequence[float]]], tokens: Tokens, mean: float, deviation: float
+) -> list[Group]:
+    """Lists with the teacher's scores, standardised by the mean and deviation of the whole label set.
+
+    labelled: (row of `groups`, raw teacher score of each of its documents).
+    """
+    return [
+        Group(tokens.listed(group["query"], group["docs"]), standardised(scores, mean, deviation), group["query"])
+        for group, scores in labelled
+    ]
 
 
 def standardised(scores: Sequence[float], mean: float, deviation: float) -> list[float]:
-    """Raises `ValueError` for a teacher that gives every document the same score."""
-    if not deviation > 0:
-        raise ValueError("the teacher gives every document the same score: nothing can be distilled from it")
+    """Raises `Refused` for a teacher that gives every document the same score."""
+    check_scale(mean, deviation)
     return [(score - mean) / deviation for score in scores]
+
+
+def check_scale(mean: float, deviation: float) -> None:
+    """Raises `Refused` where a teacher's scores differ by no more than the rounding of float32, or are no numbers."""
+    if not deviation > ROUNDING * abs(mean):
+        raise Refused(
+            f"distill: the teacher gives every document the same score, {mean:.6g}: nothing can be distilled from it"
+        )
+
+
+def asked(group: Mapping[str, Any], scores: Sequence[float | None]) -> Counter[str]:
+    """How many pairs of one list the teacher was asked for, how many of them have no label, lists to learn from."""
+    missing = [score is None for doc, score in zip(group["docs"], scores, strict=True) if doc["asked"]]
+    known = sum(score is not None for score in scores)
+    return Counter(pairs=len(missing), missing=sum(missing), lists=int(group["split"] == "train" and known > 1))
+
+
+def check_labels(counts: Mapping[str, int], cfg: Distill) -> None:
+    """Raises `Refused` where too many pairs have no label, or no training list has two; counts: sums of `asked`."""
+    pairs, missing = counts.get("pairs", 0), counts.get("missing", 0)
+    if missing > cfg.max_missing_share * pairs:
+        raise Refused(
+            f"distill: {missing} of {pairs} pairs ({missing / pairs:.1%}) have no label, more than "
+            f"distill.max_missing_share {cfg.max_missing_share:g} allows"
+        )
+    if not counts.get("lists"):
+        raise Refused(f"distill: no training list has two documents to compare by targets {cfg.targets}")

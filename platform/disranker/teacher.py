@@ -1,10 +1,9 @@
 """The decoder: language model, then scorer with a last-token head; or an encoder that scores from the start."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +97,12 @@ def scorer(folder: str | Path, tokens: Tokens, seed: int) -> "PreTrainedModel | 
     return MeanPooled(model) if tokens.contract.pooling == "mean" else model
 
 
+class Scored(NamedTuple):
+    """A tuple, so that FSDP finds the tensor in it: it gathers weights again when the gradient comes by."""
+
+    logits: Tensor  # [rows, 1]
+
+
 class MeanPooled(nn.Module):
     """A decoder that scores the mean of all its tokens, where transformers scores the last one alone."""
 
@@ -106,11 +111,11 @@ class MeanPooled(nn.Module):
         self.model: Any = model
         self.config = model.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Scored:
         hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         # The head is one linear layer, so that the mean of its scores is the score of the mean.
         scores = self.model.score(hidden).squeeze(-1).float().masked_fill(attention_mask == 0, 0)
-        return SimpleNamespace(logits=(scores.sum(1) / attention_mask.sum(1)).unsqueeze(-1))
+        return Scored(scores.sum(1, keepdim=True) / attention_mask.sum(1, keepdim=True))
 
 
 def save(
@@ -127,12 +132,19 @@ def save(
 
 
 def hugging_face(model: nn.Module) -> "PreTrainedModel":
-    """The model as transformers knows it."""
-    return cast("PreTrainedModel", model.model if isinstance(model, MeanPooled) else model)
+    """The model as transformers knows it, out of what scores or trains it our way."""
+    from transformers import PreTrainedModel
+
+    return cast(PreTrainedModel, model if isinstance(model, PreTrainedModel) else model.model)
 
 
 def raw_scores(model: nn.Module, rows: Rows) -> Tensor:
-    """Raw logits [rows], float32.
+    """Raw logits [rows], float32."""
+    return in_pieces(model, rows, lambda piece: _logits(model, piece))
+
+
+def in_pieces(model: nn.Module, rows: Rows, compute: Callable[[Rows], Tensor]) -> Tensor:
+    """What is computed with the model of each row, [rows, ...].
 
     Rows of like length go through the model together: the documents of one list differ in length, and padding all to
     the longest would be a third of the work. Under FSDP, where all workers must call the model equally often, they go
@@ -140,8 +152,8 @@ def raw_scores(model: nn.Module, rows: Rows) -> Tensor:
     """
     order = rows.real.sum(1).argsort()
     pieces = 1 if isinstance(model, FSDPModule) else max(1, min(PIECES, int(rows.real.sum()) // LEAST_TOKENS))
-    scores = torch.cat([_logits(model, rows.some(places)) for places in order.tensor_split(pieces)])
-    return scores[order.argsort()]
+    found = torch.cat([compute(rows.some(places)) for places in order.tensor_split(pieces)])
+    return found[order.argsort()]
 
 
 def _logits(model: nn.Module, rows: Rows) -> Tensor:
@@ -158,8 +170,8 @@ class Ranking:
         self, train: Sequence[dict[str, Any]], validation: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune
     ):
         self._pad, self._cfg = tokens.contract.pad, cfg
-        self._train = [hand for group in _lists(train, tokens, cfg) for hand in deal(group, cfg.documents_per_list)]
-        self._validation = _lists(validation, tokens, cfg)
+        self._train = [hand for group in lists(train, tokens, cfg) for hand in deal(group, cfg.documents_per_list)]
+        self._validation = lists(validation, tokens, cfg)
         self.sizes = [group.size for group in self._train]
 
     def batch(self, places: list[int]) -> Lists:
@@ -209,7 +221,7 @@ def targets(docs: Sequence[dict[str, Any]], cfg: Finetune) -> list[float | None]
     return clicked
 
 
-def _lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> list[Group]:
+def lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> list[Group]:
     """Groups with at least two different targets, ready to train on."""
     found = []
     for group in groups:
