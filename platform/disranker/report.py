@@ -41,6 +41,7 @@ def evaluate(
     tallies = {name: metrics.tally(qrels, run) for name, run in runs.items()}
     return {
         "queries": len(qrels),
+        "seed": seed,
         "resamples": cfg.resamples,
         "confidence": cfg.confidence,
         "missing": {name: sum(not run.get(query) for query in qrels) for name, run in runs.items()},
