@@ -61,7 +61,7 @@ def test_the_picture_of_a_slice_names_it_with_its_queries_and_moves_with_it_alon
     other = found | {"slices": found["slices"] | {"band": found["slices"]["band"] | moved}}
     moved_band, moved_words = sources(other)
     assert moved_words == words and moved_band != band
-    assert "<!-- never clicked (1) -->" in base64.b64decode(band.split(",")[1]).decode()
+    assert {"never clicked", "(1)"} <= set(texts(band))
 
 
 PERTURBED = [
@@ -70,6 +70,26 @@ PERTURBED = [
     for kind, by in (("typo", -0.2), ("word dropped", -0.1))
     for model in ("bm25", "student")
 ]
+
+
+def texts(picture):
+    return re.findall("<!-- (.*?) -->", base64.b64decode(picture.split(",")[1]).decode())
+
+
+def test_a_run_of_others_with_a_name_of_40_letters_is_drawn_in_lines_of_22_at_most(qrels, runs):
+    name = "production index with synonyms 2026-10-1"
+    content = report.evaluate(qrels, {"bm25": runs["bm25"], name: runs["teacher"]}, CFG, 1, cut(qrels))
+    drawn = [text for _, picture in pages._pictures(content) + pages._slices(content) for text in texts(picture)]
+    assert {"production index with", f"{report.MINUS} bm25"} <= set(drawn)
+    assert max(map(len, drawn)) <= 22
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [(["bm25", "teacher", "student"], 3), (["a", "b", "c", "d", "e"], 4), (["bm25", "x" * 22], 1), (["y" * 60], 1)],
+)
+def test_a_legend_has_fewer_columns_for_longer_names(names, columns):
+    assert pictures.legend_columns(names) == columns
 
 
 def test_the_page_says_what_a_typo_costs_over_how_many_queries_and_that_the_teacher_was_not_scored(found):

@@ -1,6 +1,7 @@
 """The evaluation as one HTML page that fetches nothing: sentences, pictures, tables, examples."""
 
 import importlib.resources
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -13,6 +14,7 @@ from disranker.report import FIRST, HEADLINE, MINUS, SHOWN, Report, bounds, diff
 from disranker.tables import BANDS
 
 DEEPEST = 20  # positions of the examination plot
+NAME = 22  # letters beside a plot in one line
 FEW = 30  # queries of a slice below which even its interval is unsure
 CLICK_MODELS = {
     "ctr": "plain click rate (CTR)",
@@ -183,20 +185,33 @@ def _pictures(report: Report) -> list[tuple[str, str]]:
     """(caption, data URI)"""
     runs = report["runs"]
     drawn = [
-        ("NDCG@10 of each run", pictures.levels(list(runs), [found[HEADLINE] for found in runs.values()], "NDCG@10"))
+        (
+            "NDCG@10 of each run",
+            pictures.levels(list(map(_folded, runs)), [found[HEADLINE] for found in runs.values()], "NDCG@10"),
+        )
     ]
     if pairs := [pair | {"value": pair["difference"]} for pair in report["pairs"] if pair["metric"] == HEADLINE]:
-        names = [f"{pair['a']} {MINUS} {pair['b']}" for pair in pairs]
+        names = [_less(pair["a"], pair["b"]) for pair in pairs]
         drawn.append(("Differences on the same queries", pictures.differences(names, pairs, "difference in NDCG@10")))
     return drawn
+
+
+def _folded(name: str) -> str:
+    """The name of a run, which others may have given, in lines that leave room for the plot."""
+    return "\n".join(textwrap.wrap(name, NAME)) or name
+
+
+def _less(a: str, b: str) -> str:
+    joined = f"{a} {MINUS} {b}"
+    return joined if len(joined) <= NAME else f"{_folded(a)}\n{MINUS} {_folded(b)}"
 
 
 def _slices(report: Report) -> list[tuple[str, str]]:
     """(caption, data URI)"""
     drawn = []
     for by, cut in report["slices"].items():
-        names = [f"{name} ({found['queries']:,})" for name, found in cut.items()]
-        levels = {run: [found["runs"][run][HEADLINE] for found in cut.values()] for run in report["runs"]}
+        names = [f"{name}\n({found['queries']:,})" for name, found in cut.items()]
+        levels = {_folded(run): [found["runs"][run][HEADLINE] for found in cut.values()] for run in report["runs"]}
         drawn.append((f"NDCG@10 by {SLICED.get(by, by)}", pictures.bars(names, levels, "NDCG@10")))
     return drawn
 
