@@ -46,6 +46,10 @@ def test_a_query_has_only_the_kinds_that_change_it(query, kinds):
     assert perturb.perturbed(query, 1).keys() == kinds
 
 
+def test_2_equal_words_beside_a_third_never_keep_their_query_from_being_changed():
+    assert {perturb.perturbed("aa aa b", seed)["words swapped"] for seed in range(30)} == {"aa b aa"}
+
+
 @given(queries, st.integers(0, 3))
 def test_letters_and_words_are_kept_but_for_the_1_word_that_is_dropped(query, seed):
     made = perturb.perturbed(query, seed)

@@ -32,6 +32,14 @@ def test_between_tabs_a_query_may_be_its_text_in_another_spelling(tmp_path):
     assert one(tmp_path, "Red  SHOE\tQ0\ta\t1\t2.5\tbm25f\n") == ("bm25f", {"red shoe": {"a": 2.5}})
 
 
+def test_an_id_comes_before_a_text_that_looks_like_it_and_either_is_found_alone(tmp_path):
+    file = put(tmp_path / "x.run", "a%20b Q0 d 1 1 x\n")
+    both = {"a b": {"d": 1}, "a%20b": {"d": 1}}
+    assert [list(trec.outside([file], qrels, ())["x"]) for qrels in (both, {"a%20b": {"d": 1}})] == [["a b"], ["a%20b"]]
+    file = put(tmp_path / "x.run", "a%2520b Q0 d 1 1 x\n")
+    assert list(trec.outside([file], both, ())["x"]) == ["a%20b"]
+
+
 def test_a_document_id_with_a_percent_sign_is_taken_as_it_stands_unless_only_its_plain_form_is_judged():
     assert trec._document("x%20y", {"x%20y", "x y"}) == "x%20y"
     assert trec._document("b%20c", {"b c"}) == "b c"

@@ -67,8 +67,8 @@ def _swapped(words: list[str], random: Random) -> list[str]:
 
 
 def _dropped(words: list[str], random: Random) -> list[str]:
-    """One word less; none of a query of one word, of which nothing would remain."""
-    if len(words) < 2:
+    """One word less: of a query of one word nothing."""
+    if not words:
         return []
     place = random.randrange(len(words))
     return [*words[:place], *words[place + 1 :]]
