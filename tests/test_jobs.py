@@ -518,7 +518,7 @@ def test_a_forgotten_client_is_gone_and_what_was_learned_of_it_is_named(tiny, ti
     assert not any(client.encode() in Path(file.path).read_bytes() for file in store.files("records"))
     rests = store.manifest("evidence")["rests_on_forgotten"]
     assert rests == sorted(
-        ["bundle", "clicked", "decoder", "groups", "labels", "report", "scores", "student", "teacher"]
+        ["bundle", "clicked", "decoder", "groups", "labels", "perturbed", "report", "scores", "student", "teacher"]
     )
     assert all(f"forget: {name} was made while" in said for name in rests)
     assert pipeline.main(["--recipe", path, "--until", "sample"]) == 0

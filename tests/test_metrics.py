@@ -65,6 +65,56 @@ def test_mrr_sees_the_tenth_document_and_not_the_eleventh(before, expected):
     assert metrics.per_query({"q": GRADES}, run)["mrr@10"] == pytest.approx([expected])
 
 
+def test_precision_by_hand_1_of_1_then_2_of_5_then_2_of_10_from_grade_2_up():
+    found = metrics.per_query({"q": GRADES}, {"q": ordered("d3", "d4", "d2", "d1")})
+    assert [found[f"p@{k}"].tolist() for k in (1, 5, 10)] == [[1.0], [0.4], [0.2]]
+    assert metrics.per_query({"q": GRADES}, {"q": ordered("d4", "d1")})["p@1"].tolist() == [0.0]
+
+
+def test_the_11th_document_counts_in_no_precision():
+    run = {"q": ordered(*(f"x{i}" for i in range(10)), "d1")}
+    assert metrics.per_query({"q": GRADES}, run)["p@10"].tolist() == [0.0]
+
+
+def test_the_names_of_the_10_metrics_are_in_the_order_of_the_tally_pnr_last():
+    judged, run = noisy(1, 2.0)
+    tally, by_name = metrics.tally(judged, run), metrics.per_query(judged, run)
+    assert len(metrics.METRICS) == tally.shape[1] == 10 and metrics.METRICS[-2:] == ("pair_accuracy", "pnr")
+    for name, values in by_name.items():
+        assert tally[:, metrics.METRICS.index(name), 0].tolist() == values.tolist()
+    assert len(by_name) == 8
+
+
+def test_pair_accuracy_is_pnr_over_1_plus_pnr_pooled_over_queries():
+    found = metrics.intervals(metrics.tally(*noisy(2, 2.0)), CFG, 1)
+    pnr, accuracy = found["pnr"], found["pair_accuracy"]
+    assert accuracy.value == pytest.approx(pnr.value / (1 + pnr.value))
+    assert accuracy.low == pytest.approx(pnr.low / (1 + pnr.low))
+
+
+def test_pair_accuracy_without_a_wrong_pair_is_1_where_pnr_has_no_value():
+    found = metrics.intervals(metrics.tally({"q": GRADES}, {"q": ordered("d1", "d3", "d4", "d2")}), CFG, 1)
+    assert (found["pair_accuracy"].value, found["pnr"].value) == (1.0, None)
+
+
+def unjudged(judged, run):
+    return metrics.intervals(metrics.unjudged(judged, run), CFG, 1, (metrics.UNJUDGED,))[metrics.UNJUDGED]
+
+
+def test_1_of_4_shown_documents_is_unjudged_pooled_over_2_queries_and_a_missing_query_shows_none():
+    judged = {"a": GRADES, "b": {"x": 0}, "c": GRADES}
+    run = {"a": ordered("d1", "d2", "d3"), "b": ordered("y")}
+    assert unjudged(judged, run).value == pytest.approx(1 / 4)
+    assert unjudged(judged, {}).value is None
+
+
+def test_the_11th_document_may_be_unjudged_and_the_10th_may_not():
+    judged = {"q": {f"d{i}": 0 for i in range(10)}}
+    first = [f"d{i}" for i in range(9)]
+    assert unjudged(judged, {"q": ordered(*first, "d9", "x")}).value == 0.0
+    assert unjudged(judged, {"q": ordered(*first, "x", "d9")}).value == pytest.approx(0.1)
+
+
 def test_values_stand_in_the_order_of_sorted_queries():
     judged = {"b": {"x": 3, "y": 0}, "a": {"x": 3, "y": 0}}
     found = metrics.per_query(judged, {"b": ordered("y", "x"), "a": ordered("x", "y")})
@@ -115,12 +165,14 @@ def test_a_score_that_is_not_finite_is_refused_with_its_document(score):
 def test_60_random_queries_agree_with_pytrec_eval():
     judged, run = noisy(1, 2.0)
     gained = {q: {d: 2**g - 1 for d, g in of.items()} for q, of in judged.items()}
-    theirs = pytrec_eval.RelevanceEvaluator(gained, {"ndcg_cut.1,5,10"}).evaluate(run)
-    reciprocal = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}, relevance_level=2).evaluate(run)
+    theirs = pytrec_eval.RelevanceEvaluator(gained, {"ndcg_cut.1,3,5,10"}).evaluate(run)
+    binary = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank", "P.1,5,10"}, relevance_level=2).evaluate(run)
     ours = metrics.per_query(judged, run)
-    for k in (1, 5, 10):
+    for k in (1, 3, 5, 10):
         assert ours[f"ndcg@{k}"] == pytest.approx([theirs[q][f"ndcg_cut_{k}"] for q in sorted(judged)])
-    assert ours["mrr@10"] == pytest.approx([reciprocal[q]["recip_rank"] for q in sorted(judged)])
+    for k in (1, 5, 10):
+        assert ours[f"p@{k}"] == pytest.approx([binary[q][f"P_{k}"] for q in sorted(judged)])
+    assert ours["mrr@10"] == pytest.approx([binary[q]["recip_rank"] for q in sorted(judged)])
 
 
 def test_pairs_by_hand_4_right_1_wrong_1_tied():
@@ -222,7 +274,9 @@ def test_2000_resamples_of_300_queries_take_less_than_a_second():
 def test_a_clear_difference_has_p_1_in_501_and_the_sign_of_the_better_run():
     judged, good = noisy(5, 1.0)
     bad = noisy(5, 4.0)[1]
-    for found in metrics.compare(metrics.tally(judged, good), metrics.tally(judged, bad), CFG, 1).values():
+    differences = metrics.compare(metrics.tally(judged, good), metrics.tally(judged, bad), CFG, 1)
+    assert differences.pop("p@10") == metrics.Difference(0.0, 0.0, 0.0, 1.0)  # both rank all 8 documents
+    for found in differences.values():
         assert found.p == pytest.approx(1 / 501)
         assert 0 < found.low < found.difference < found.high
 
@@ -239,7 +293,8 @@ def test_turning_a_comparison_round_turns_the_sign_and_keeps_p():
     for metric in metrics.METRICS:
         assert there[metric].difference == -back[metric].difference
         assert there[metric].p == pytest.approx(back[metric].p, abs=0.05)
-        assert 0.02 < there[metric].p < 1
+        assert there[metric].p > 0.02
+    assert there["ndcg@10"].p < 1
 
 
 def test_pairing_narrows_the_interval_of_two_runs_that_err_alike():
@@ -308,4 +363,4 @@ def test_runs_that_differ_in_1_query_of_61_have_p_1():
     judged, one = noisy(1, 2.0, queries=61)
     tally = metrics.tally(judged, one)
     other = metrics.tally(judged, one | {"q000": {d: -s for d, s in one["q000"].items()}})
-    assert [found.p for found in metrics.compare(tally, other, CFG, 1).values()] == [1.0] * 5
+    assert [found.p for found in metrics.compare(tally, other, CFG, 1).values()] == [1.0] * 10

@@ -90,7 +90,7 @@ def test_each_stage_reads_what_an_earlier_one_wrote():
 def test_candidates_come_from_documents_judgments_evidence_and_queries():
     found = steps()
     assert set(found["sample"].reads) == {"documents", "judgments", "evidence", "queries"}
-    assert set(found["evaluate"].reads) == {"documents", "groups", "labels", "student"}
+    assert set(found["evaluate"].reads) == {"documents", "evidence", "groups", "labels", "student"}
 
 
 def test_another_format_of_the_tables_does_every_stage_again(monkeypatch):

@@ -1,8 +1,9 @@
-"""NDCG, MRR and PNR of a run, how sure they are, and whether two runs differ.
+"""NDCG, MRR, precision and PNR of a run, how sure they are, and whether two runs differ.
 
 Every metric here is a ratio of two sums over queries, so one array holds what all intervals and tests need:
 a tally (queries, metrics, 2) of numerators and denominators, its queries in sorted order. For a mean such as NDCG the
-denominators are ones; for PNR the two are concordant and discordant pairs. Resampling queries is then one product.
+denominators are ones; for PNR the two are concordant and discordant pairs, for pair accuracy concordant and all that
+are one or the other. Resampling queries is then one product.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from math import isfinite
 import ir_measures
 import numpy as np
 import numpy.typing as npt
-from ir_measures import RR, nDCG
+from ir_measures import RR, P, nDCG
 
 from disranker.recipe import Evaluate
 
@@ -20,8 +21,10 @@ Qrels = Mapping[str, Mapping[str, int]]  # query -> document -> grade
 Run = Mapping[str, Mapping[str, float]]  # query -> document -> score, larger is better
 Array = npt.NDArray[np.float64]
 
-METRICS = ("ndcg@1", "ndcg@5", "ndcg@10", "mrr@10", "pnr")
-RELEVANT = 2  # the lowest grade that ends the search in MRR
+MEASURES = {nDCG @ k: f"ndcg@{k}" for k in (1, 3, 5, 10)} | {RR: "mrr@10"} | {P @ k: f"p@{k}" for k in (1, 5, 10)}
+METRICS = (*MEASURES.values(), "pair_accuracy", "pnr")
+UNJUDGED = "unjudged@10"
+RELEVANT = 2  # the lowest grade that ends the search in MRR and counts in precision
 DEEPEST = 10  # no metric looks further down a ranking
 BLOCK = 1 << 22  # resampled counts held at once, 32 MiB
 
@@ -57,10 +60,10 @@ def ranking(scores: Mapping[str, float]) -> list[str]:
 
 
 def per_query(qrels: Qrels, run: Run) -> dict[str, Array]:
-    """NDCG@1, @5, @10 and MRR@10 of each query of `qrels`, in sorted order; 0 where the run lacks the query.
+    """NDCG, MRR and precision of each query of `qrels`, in sorted order; 0 where the run lacks the query.
 
     Gain 2^grade - 1, discount log2(rank + 1). A document without a grade counts as grade 0, and a query without any
-    relevant document as 0. MRR takes grades from `RELEVANT` up.
+    relevant document as 0. MRR and precision take grades from `RELEVANT` up; P@10 is out of 10 for a shorter list too.
     """
     judged = {query: {document: int(grade) for document, grade in grades.items()} for query, grades in qrels.items()}
     gains = {grade: 2 ** max(grade, 0) - 1 for grades in judged.values() for grade in grades.values()}
@@ -71,7 +74,10 @@ def per_query(qrels: Qrels, run: Run) -> dict[str, Array]:
         for query in judged
         if run.get(query)
     }
-    measures = {nDCG(gains=gains) @ k: f"ndcg@{k}" for k in (1, 5, 10)} | {RR(rel=RELEVANT): "mrr@10"}
+    measures = {
+        (measure(gains=gains) if measure.NAME == nDCG.NAME else measure(rel=RELEVANT)): name
+        for measure, name in MEASURES.items()
+    }
     found: dict[str, dict[str, float]] = {name: dict.fromkeys(sorted(judged), 0.0) for name in measures.values()}
     for metric in ir_measures.pytrec_eval.iter_calc(list(measures), judged, ranked):
         found[measures[metric.measure]][metric.query_id] = metric.value
@@ -93,14 +99,27 @@ def pairs(qrels: Qrels, run: Run) -> tuple[Array, Array]:
 def tally(qrels: Qrels, run: Run) -> Array:
     """Numerators and denominators (queries, metrics, 2) of `METRICS`, queries in sorted order."""
     means = [np.stack([values, np.ones_like(values)], axis=-1) for values in per_query(qrels, run).values()]
-    return np.stack([*means, np.stack(pairs(qrels, run), axis=-1)], axis=1)
+    concordant, discordant = pairs(qrels, run)
+    accuracy, ratio = np.stack([concordant, concordant + discordant], -1), np.stack([concordant, discordant], -1)
+    return np.stack([*means, accuracy, ratio], axis=1)
 
 
-def intervals(tally: Array, cfg: Evaluate, seed: int) -> dict[str, Interval]:
-    """Each metric with its percentile bootstrap interval over queries."""
+def unjudged(qrels: Qrels, run: Run) -> Array:
+    """A tally (queries, 1, 2) of `UNJUDGED`: documents without a grade among the first 10, and how many those are.
+
+    What a run finds beyond the judged documents counts as grade 0, so a large share says that the run may be better
+    than its NDCG.
+    """
+    top = [(qrels[query], ranking(run.get(query, {}))[:DEEPEST]) for query in sorted(qrels)]
+    counts = [(sum(document not in grades for document in first), len(first)) for grades, first in top]
+    return np.array(counts, dtype=float).reshape(-1, 1, 2)
+
+
+def intervals(tally: Array, cfg: Evaluate, seed: int, names: Sequence[str] = METRICS) -> dict[str, Interval]:
+    """Each metric of a tally, by its name, with its percentile bootstrap interval over queries."""
     values = _ratio(tally.sum(axis=0))
     low, high = _bounds(_bootstrap(tally, cfg.resamples, seed), cfg.confidence)
-    return {metric: Interval(_finite(values[i]), _finite(low[i]), _finite(high[i])) for i, metric in enumerate(METRICS)}
+    return {metric: Interval(_finite(values[i]), _finite(low[i]), _finite(high[i])) for i, metric in enumerate(names)}
 
 
 def compare(a: Array, b: Array, cfg: Evaluate, seed: int) -> dict[str, Difference]:

@@ -14,6 +14,7 @@ Interval = Mapping[str, float | None]  # value, low, high
 COLOURS = ("#8a94a6", "#e0912f", "#2563c9", "#2e9e6b", "#8b5cd6", "#c9418a")  # of runs, in their order
 GREY, INK = "#5b6472", "#1d2430"
 WIDTH_IN = 4.8  # of every picture: as wide as a phone, so that its letters stay readable there
+LEGEND_IN = 3.3  # what the names of groups leave of it
 
 
 def levels(names: Sequence[str], found: Sequence[Interval], label: str) -> str:
@@ -34,6 +35,7 @@ def differences(names: Sequence[str], found: Sequence[Interval], label: str) -> 
 
 def bars(groups: Sequence[str], found: Mapping[str, Sequence[Interval]], label: str) -> str:
     """A bar with its interval for each run (the keys of `found`) in each group."""
+    columns = legend_columns(list(found))
 
     def draw(axes: "Axes") -> None:
         height = 0.8 / len(found)
@@ -46,13 +48,19 @@ def bars(groups: Sequence[str], found: Mapping[str, Sequence[Interval]], label: 
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=min(len(found), 4),
+            ncols=columns,
             frameon=False,
             handlelength=0.8,
             fontsize=9,
         )
 
-    return _picture(draw, max(2, len(groups) * len(found) // 2 + 1))
+    return _picture(draw, max(2, len(groups) * len(found) // 2 + 1) + (len(found) - 1) // columns)
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """At most 4, and so few that a legend over the bars does not press them together."""
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    return max(1, min(len(names), 4, int(LEGEND_IN / (0.35 + 0.075 * longest))))  # the mark, and 0.075 in a letter
 
 
 def curves(found: Mapping[str, Mapping[int, float]], points: Sequence[Mapping[str, float]], label: str) -> str:

@@ -194,6 +194,8 @@ class Distill(Training):
 class Evaluate(Settings):
     resamples: Count = 2000  # of queries, for intervals
     confidence: Annotated[float, Gt(0), Lt(1)] = 0.95
+    runs: list[str] = pydantic.Field(default_factory=list)  # TREC runs of others, as paths, globs, folders or URIs
+    perturb: bool = True  # queries with a typo, words swapped or a word less are scored too
 
 
 class Publish(Settings):

@@ -55,7 +55,12 @@ STAGES = (
     Stage("finetune", ("decoder", "groups"), ("teacher",), ("teacher", "finetune")),
     Stage("score", ("teacher", "groups"), ("labels",), ("score",)),
     Stage("distill", ("documents", "groups", "labels"), ("student",), ("student", "distill")),
-    Stage("evaluate", ("documents", "groups", "labels", "student"), ("scores", "report"), ("evaluate",)),
+    Stage(
+        "evaluate",
+        ("documents", "evidence", "groups", "labels", "student"),
+        ("scores", "perturbed", "report"),
+        ("evaluate",),
+    ),
     Stage("publish", ("student", "report"), ("bundle",), ("publish",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
@@ -163,6 +168,8 @@ def _outside(recipe: Recipe, stage: Stage) -> Iterator[str]:
         yield from _forgotten(recipe)
     if stage.name == "pretrain":
         yield from store.expand(recipe.pretrain.general, "general", "pretrain")
+    if stage.name == "evaluate":
+        yield from store.expand(recipe.evaluate.runs, "runs", "evaluate")
     bases = {"pretrain": recipe.teacher.base, "finetune": recipe.teacher.base, "distill": recipe.student.base}
     for name, base in bases.items():
         if stage.name == name and base != "scratch" and store.is_folder(base):

@@ -86,6 +86,16 @@ SCHEMAS = {
     "scores": pa.schema(
         [("query", pa.string()), ("doc_id", pa.string()), ("model", pa.string()), ("score", pa.float32())]
     ),
+    "perturbed": pa.schema(
+        [
+            ("query", pa.string()),  # as it was
+            ("kind", pa.string()),  # one of perturb.KINDS
+            ("text", pa.string()),  # as it was scored
+            ("doc_id", pa.string()),
+            ("model", pa.string()),
+            ("score", pa.float32()),
+        ]
+    ),
 }
 
 
