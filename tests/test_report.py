@@ -7,7 +7,7 @@ import pytest
 
 from disranker import pictures, report
 from disranker.metrics import METRICS
-from disranker.recipe import Evaluate, Publish, Refused
+from disranker.recipe import Evaluate, Refused
 
 CFG = Evaluate(resamples=300)
 DOCUMENTS = [f"d{i}" for i in range(12)]
@@ -39,13 +39,6 @@ def runs(qrels):
 def found(qrels, runs):
     bands = {query: ("head", "tail")[i % 2] for i, query in enumerate(sorted(qrels)) if i}
     return report.evaluate(qrels, runs, CFG, 1, bands)
-
-
-def made(student, teacher=0.8, low=0.1):
-    """The least of a report that the gate reads."""
-    values = {"bm25": 0.6, "teacher": teacher, "student": student}
-    pair = {"a": "student", "b": "bm25", "metric": "ndcg@10", "difference": student - 0.6, "low": low, "high": 0.3}
-    return {"confidence": 0.95, "runs": {n: {"ndcg@10": {"value": v}} for n, v in values.items()}, "pairs": [pair]}
 
 
 def page(found, title="Report", **others):
@@ -115,38 +108,6 @@ def test_the_table_has_a_line_for_each_run_and_fits_120_columns(found):
     assert [line.split()[0] for line in lines] == ["bm25", "teacher", "student"]
     assert all(len(re.findall(r"\d+\.\d{3} \[\d+\.\d\d, \d+\.\d\d\]", line)) == 5 for line in lines)
     assert max(map(len, [head, *lines])) <= 120
-
-
-def test_the_gate_lets_a_student_at_exactly_95_percent_pass():
-    assert report.gate(made(0.95 * 0.8), Publish()) == []
-
-
-def test_the_gate_names_both_numbers_of_a_student_at_94_percent():
-    (reason,) = report.gate(made(0.752), Publish())
-    assert "0.7520 is 94.00% of the teacher's 0.8000" in reason
-    assert "asks for 95.00%" in reason
-
-
-def test_the_gate_holds_back_a_student_whose_interval_over_bm25_starts_at_0():
-    (reason,) = report.gate(made(0.8, low=0.0), Publish())
-    assert "+0.2000" in reason and "[+0.0000, +0.3000]" in reason
-    assert report.gate(made(0.8, low=0.0), Publish(beat_bm25=False)) == []
-
-
-def test_the_gate_gives_two_reasons_for_a_student_that_fails_twice():
-    assert len(report.gate(made(0.5, low=-0.2), Publish())) == 2
-
-
-def test_the_gate_says_which_run_is_absent():
-    content = made(0.8)
-    del content["runs"]["teacher"]
-    assert "teacher" in report.gate(content, Publish())[0]
-
-
-def test_the_gate_reads_a_whole_report_both_ways(qrels, runs, found):
-    assert report.gate(found, Publish(min_share_of_teacher=0.9)) == []
-    swapped = report.evaluate(qrels, runs | {"student": runs["bm25"]}, CFG, 1)
-    assert len(report.gate(swapped, Publish())) == 2
 
 
 def test_the_page_escapes_a_title_with_a_script_everywhere(found):
@@ -238,13 +199,6 @@ def test_the_picture_of_differences_moves_with_them(found):
     pairs = [pair | {"difference": 0.123} for pair in found["pairs"]]
     before, after = (re.findall(r'src="([^"]*)', page(content)) for content in (found, found | {"pairs": pairs}))
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
-
-
-def test_the_gate_needs_no_bm25_where_it_need_not_be_beaten():
-    content = made(0.8)
-    del content["runs"]["bm25"]
-    assert report.gate(content, Publish(beat_bm25=False)) == []
-    assert "bm25" in report.gate(content, Publish())[0]
 
 
 MODEL = {
