@@ -98,12 +98,12 @@ def test_a_student_that_ranks_like_the_one_in_service_passes_even_with_a_margin_
 def test_a_student_that_turns_around_10_of_100_queries_is_worse_than_the_one_in_service():
     # NDCG@10 of the wrong way round is 1 / log2(3) = 0.6309, so 10 of 100 lose 0.0369 in the mean.
     bar = in_service([True] * 10 + [False] * 90)
-    assert not bar.passed and bar.value < -0.0369
+    assert not bar.passed and bar.value < -0.06
     assert "on 100 queries is -0.0369" in bar.why and "must lie above -0.0100 (publish.max_loss)" in bar.why
 
 
 def test_what_may_be_lost_is_measured_at_the_low_end_of_the_interval():
-    assert not in_service([True] * 10 + [False] * 90, Publish(max_loss=0.0369)).passed
+    assert not in_service([True] * 10 + [False] * 90, Publish(max_loss=0.05)).passed
     assert in_service([True] * 10 + [False] * 90, Publish(max_loss=0.1)).passed
 
 

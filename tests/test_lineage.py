@@ -29,6 +29,7 @@ def store(tmp_path):
     commit(store, "searches", {}, LOGS, {"lines": 12, "models": {"ctr": 1}, "good": True}, rows=1200)
     commit(store, "documents", {}, LOGS, rows=30)
     commit(store, "groups", reading("searches", "documents"), counts={"train": 7})
+    store.put_text("rows", "groups", "part-00000.parquet")
     commit(store, "student", reading("documents", "groups"), rests_on_forgotten=["groups"])
     return store
 
@@ -41,7 +42,7 @@ def test_the_chain_holds_all_4_artefacts_that_a_bundle_rests_on_and_itself(store
     found = chain(store)
     assert set(found) == {"bundle", "student", "groups", "documents", "searches"}
     assert found["bundle"].reads == reading("student", "groups") and found["bundle"].manifest is None
-    assert found["searches"].files == LOGS
+    assert found["searches"].files == LOGS and found["groups"].files == []
     assert found["searches"].counts == {"rows": 1200, "lines": 12}
 
 
@@ -126,9 +127,13 @@ def test_the_job_prints_the_tree_of_a_bundle(released, store, capsys):
     assert capsys.readouterr().out.splitlines() == list(lineage.tree(chain(store)))
 
 
-def test_the_job_refuses_a_changed_run_and_a_broken_bundle(released, store, capsys):
+def test_the_job_refuses_a_changed_run_and_a_broken_bundle(released, store, tmp_path, capsys):
     commit(store, "documents", {}, LOGS, rows=31)
     assert job.main([released, "--root", store.uri]) == 2
     assert "manifest of documents" in capsys.readouterr().err
+    with (tmp_path / "b" / "README.md").open("a") as card:
+        card.write("!")
+    assert job.main([released]) == 2
+    assert "README.md: sha256" in capsys.readouterr().err
     assert job.main([store.uri]) == 2
     assert "is no bundle" in capsys.readouterr().err
