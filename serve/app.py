@@ -74,7 +74,7 @@ class Reranker:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self._engine = Engine.from_bundle(settings.bundle, settings.threads, settings.tokens_per_batch)
+        self._engine = Engine.from_bundle(settings.bundle, settings.threads, settings.tokens_per_batch, "torch")
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -98,7 +98,7 @@ def test_two_queries_for_one_title_are_an_error(student):
 
 def test_segment_1_starts_after_the_first_sep(student):
     engine, seen = Engine(student), {}
-    engine._model.register_forward_pre_hook(lambda _model, _args, kwargs: seen.update(kwargs), with_kwargs=True)
+    engine._forward.model.register_forward_pre_hook(lambda _model, _args, kwargs: seen.update(kwargs), with_kwargs=True)
     engine.scores(["red shoe"], ["trail shoe"], [""])  # [CLS] red shoe [SEP] | trail shoe [SEP]
     assert seen["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]
 

@@ -185,7 +185,7 @@ def test_the_report_has_three_runs_with_intervals_and_the_scores_it_came_from(ti
 
 
 def test_the_bundle_gives_the_scores_of_the_evaluation(tiny_run):
-    engine = Engine.from_bundle(tiny_run.at("bundle", "student"))
+    engine = Engine.from_bundle(tiny_run.at("bundle", "student"), engine="torch")
     group = next(g for g in tiny_run.read("groups").to_pylist() if g["split"] == "test")
     docs = group["docs"]
     found = engine.scores([group["query"]] * len(docs), [d["title"] for d in docs], [d["summary"] for d in docs])

@@ -6,7 +6,7 @@ import pytest
 
 from disranker import metrics, report
 from disranker.metrics import METRICS
-from disranker.recipe import Evaluate, Publish, Refused
+from disranker.recipe import Evaluate, Refused
 
 CFG = Evaluate(resamples=300)
 DOCUMENTS = [f"d{i}" for i in range(12)]
@@ -50,13 +50,6 @@ def runs(qrels):
 @pytest.fixture(scope="module")
 def found(qrels, runs):
     return report.evaluate(qrels, runs, CFG, 1, cut(qrels))
-
-
-def made(student, teacher=0.8, low=0.1):
-    """The least of a report that the gate reads."""
-    values = {"bm25": 0.6, "teacher": teacher, "student": student}
-    pair = {"a": "student", "b": "bm25", "metric": "ndcg@10", "difference": student - 0.6, "low": low, "high": 0.3}
-    return {"confidence": 0.95, "runs": {n: {"ndcg@10": {"value": v}} for n, v in values.items()}, "pairs": [pair]}
 
 
 def test_the_report_has_40_queries_3_runs_and_30_differences_the_later_run_first(found):
@@ -157,38 +150,6 @@ def test_the_table_has_a_line_for_each_run_and_fits_120_columns(found):
     assert max(map(len, [head, *lines])) <= 120
 
 
-def test_the_gate_lets_a_student_at_exactly_95_percent_pass():
-    assert report.gate(made(0.95 * 0.8), Publish()) == []
-
-
-def test_the_gate_names_both_numbers_of_a_student_at_94_percent():
-    (reason,) = report.gate(made(0.752), Publish())
-    assert "0.7520 is 94.00% of the teacher's 0.8000" in reason
-    assert "asks for 95.00%" in reason
-
-
-def test_the_gate_holds_back_a_student_whose_interval_over_bm25_starts_at_0():
-    (reason,) = report.gate(made(0.8, low=0.0), Publish())
-    assert "+0.2000" in reason and "[+0.0000, +0.3000]" in reason
-    assert report.gate(made(0.8, low=0.0), Publish(beat_bm25=False)) == []
-
-
-def test_the_gate_gives_two_reasons_for_a_student_that_fails_twice():
-    assert len(report.gate(made(0.5, low=-0.2), Publish())) == 2
-
-
-def test_the_gate_says_which_run_is_absent():
-    content = made(0.8)
-    del content["runs"]["teacher"]
-    assert "teacher" in report.gate(content, Publish())[0]
-
-
-def test_the_gate_reads_a_whole_report_both_ways(qrels, runs, found):
-    assert report.gate(found, Publish(min_share_of_teacher=0.9)) == []
-    swapped = report.evaluate(qrels, runs | {"student": runs["bm25"]}, CFG, 1)
-    assert len(report.gate(swapped, Publish())) == 2
-
-
 def test_examples_are_the_2_largest_wins_then_the_2_largest_losses(qrels, runs):
     shown = report.examples(qrels, runs | {"b": run(qrels, 1.0, 9)}, "student", "b", {"d1": "Red shoe"}, k=2)
     deltas = [example["delta"] for example in shown]
@@ -219,10 +180,3 @@ def test_10_wins_and_10_losses_are_shown_unless_told_otherwise(qrels, runs):
 
 def test_examples_never_call_a_tie_a_win(qrels, runs):
     assert report.examples(qrels, runs, "student", "student", {}) == []
-
-
-def test_the_gate_needs_no_bm25_where_it_need_not_be_beaten():
-    content = made(0.8)
-    del content["runs"]["bm25"]
-    assert report.gate(content, Publish(beat_bm25=False)) == []
-    assert "bm25" in report.gate(content, Publish())[0]

@@ -91,6 +91,7 @@ def test_candidates_come_from_documents_judgments_evidence_and_queries():
     found = steps()
     assert set(found["sample"].reads) == {"documents", "judgments", "evidence", "queries"}
     assert set(found["evaluate"].reads) == {"documents", "evidence", "groups", "labels", "student"}
+    assert set(found["publish"].reads) == {"groups", "student", "report"}
 
 
 def test_another_format_of_the_tables_does_every_stage_again(monkeypatch):
@@ -115,6 +116,27 @@ def test_an_input_file_of_the_same_size_but_another_time_is_another_file(real, t
     before = steps(**real)["ingest"].fingerprint
     os.utime(tmp_path / "q.jsonl", (1, 1))
     assert steps(**real)["ingest"].fingerprint != before
+
+
+def test_another_bundle_in_service_counts_for_publish_alone(tmp_path):
+    served = {"in_service": str(tmp_path)}
+    with pytest.raises(Refused, match=r"publish\.in_service: nothing at .*bundle\.json"):
+        steps(publish=served)
+    (tmp_path / "bundle.json").write_text("{}")
+    before = steps(publish=served)
+    assert [name for name, step in before.items() if step.inputs] == ["publish"]
+    os.utime(tmp_path / "bundle.json", (1, 1))
+    after = steps(publish=served)
+    assert [name for name in after if after[name].fingerprint != before[name].fingerprint] == ["publish"]
+
+
+def test_a_bundle_in_service_must_not_lie_where_publish_clears(tmp_path):
+    own = tmp_path / "bundle" / "student"
+    own.mkdir(parents=True)
+    (own / "bundle.json").write_text("{}")
+    with pytest.raises(Refused, match="publish writes, and clears first"):
+        steps(root=str(tmp_path), publish={"in_service": str(own)})
+    assert steps(root=str(tmp_path / "other"), publish={"in_service": str(own)})
 
 
 def test_own_data_are_not_generated(real):

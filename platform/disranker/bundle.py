@@ -1,11 +1,13 @@
-"""The released artefact: a folder with weights, tokenizer, contract and card, and a manifest that proves them.
+"""The released artefact: a folder with the student in every form, its contract, card and report, and what proves them.
 
 model.safetensors config.json tokenizer.json tokenizer_config.json contract.json   a plain Hugging Face folder
-README.md     the card
-bundle.json   {"format": 1, "name", "created", "contract": digest, "report": {...}, "files": {name: sha256}}
+model.onnx openvino_model.xml openvino_model.bin openvino_int8.xml openvino_int8.bin   other engines (`engines`)
+README.md report.html report.json                                                  for people
+bundle.json   the manifest: which engine is chosen and why, what the student was made of, the sha256 of every file
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,21 +16,32 @@ from typing import Any, Literal
 
 import pydantic
 
-from disranker import contract
+from disranker import card, contract, engines
 from disranker.inputs import Settings
+from disranker.lineage import Chain
 from disranker.recipe import Refused
 
+FORMAT = 2  # 1 had the weights alone
 MANIFEST = "bundle.json"
 CARD = "README.md"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", contract.FILE)
-KINDS = (".safetensors", ".json", ".txt", ".md")  # none of them runs code when it is read, as a pickle does
+ENGINE_FILES = tuple(file for files in engines.FILES.values() for file in files if file not in MODEL_FILES)
+REPORT_FILES = ("report.html", "report.json")
+# None of them runs code when it is read, as a pickle does: ONNX and OpenVINO graphs name operations of the runtime, and
+# ask for others only where the program that reads them has registered a library of its own. OpenVINO's .bin are bare
+# numbers; any other .bin may be a pickle.
+KINDS = (".safetensors", ".json", ".txt", ".md", ".html", ".onnx", ".xml")
 
 
 class Manifest(Settings):
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     created: str  # ISO 8601, UTC
     contract: str  # its digest
+    engine: engines.Name  # the one to serve with
+    engines: dict[str, dict[str, Any]]  # what was measured of each: pairs_per_s by threads, ndcg@10, nearness to torch
+    gate: dict[str, Any]  # the bars that it passed, as in gate.json
+    lineage: Chain  # artefact -> what it was made of, back to the log files
     report: dict[str, Any]  # what the evaluation found, as in report.json
     files: dict[str, str]  # name -> sha256
 
@@ -40,32 +53,40 @@ def write(
     name: str,
     report: Mapping[str, Any],
     facts: Mapping[str, object] | None = None,
+    engine: engines.Name = "torch",
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+    gate: Mapping[str, Any] | None = None,
+    chain: Chain | None = None,
 ) -> dict[str, Any]:
     """The manifest of a new bundle in `folder`, which must not exist or be empty; it is written last.
 
-    `report` goes into the manifest, and its `runs` into the card; `facts` are the lines of the card that say what the
-    model was trained on ("training queries": 1200). Raises `Refused` if the model folder lacks a file, or its contract
-    is none of an encoder.
+    Engines and pages that lie in the model folder go in too. `report` goes into the manifest, and its `runs` into the
+    card; `facts` are the lines of the card that say what the model was trained on ("training queries": 1200); the rest
+    as in `Manifest`. Raises `Refused` if the model folder lacks a file, or its contract is none of an encoder.
     """
     source, target = Path(model_folder), Path(folder)
-    missing = [file for file in MODEL_FILES if not (source / file).is_file()]
-    if missing:
-        raise Refused(f"{source} cannot be released: it has no {', '.join(missing)}")
+    files = _present(source, engine)
     if target.exists() and any(target.iterdir()):
         raise Refused(f"{target} is not empty: a bundle needs a folder of its own")
     agreed = contract.Tokens.load(source).contract
     if agreed.form != "encoder":
         raise Refused(f"{source} cannot be released: its contract is of a {agreed.form}, a bundle holds an encoder")
     target.mkdir(parents=True, exist_ok=True)
-    for file in MODEL_FILES:
+    for file in files:
         shutil.copyfile(source / file, target / file)
-    (target / CARD).write_text(_card(name, agreed, report, facts or {}), encoding="utf-8")
+    _for_cross_encoder(target, agreed)
+    about = card.text(name, agreed, report, facts or {}, engine, measured or {}, chain or {})
+    (target / CARD).write_text(about, encoding="utf-8")
     manifest = Manifest(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         contract=agreed.digest,
+        engine=engine,
+        engines={of: dict(found) for of, found in (measured or {}).items()},
+        gate=dict(gate or {}),
+        lineage=chain or {},
         report=dict(report),
-        files={file: _sha256(target / file) for file in (*MODEL_FILES, CARD)},
+        files={file: _sha256(target / file) for file in (*files, CARD)},
     )
     (target / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return verify(target)
@@ -79,8 +100,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
     target = Path(folder)
     manifest = _manifest(target)
     found = {path.name: path for path in target.iterdir() if path.name != MANIFEST}
-    for file in sorted({*MODEL_FILES, *manifest.files, *found}):
-        if Path(file).suffix not in KINDS:
+    needed = {*MODEL_FILES, *engines.FILES[manifest.engine]}
+    for file in sorted({*needed, *manifest.files, *found}):
+        if Path(file).suffix not in KINDS and file not in ENGINE_FILES:
             raise Refused(f"{target}: {file} may hold code; a bundle has only {', '.join(KINDS)} files")
         expected = manifest.files.get(file, "none")
         here = _sha256(found[file]) if file in found and found[file].is_file() else "none"
@@ -92,9 +114,30 @@ def verify(folder: str | Path) -> dict[str, Any]:
     return manifest.model_dump()
 
 
+def _present(source: Path, engine: engines.Name) -> list[str]:
+    """The files of a bundle that lie in a folder. Raises `Refused` where some that it needs do not."""
+    halves = [files for files in engines.FILES.values() if any((source / file).is_file() for file in files)]
+    needed = {*MODEL_FILES, *engines.FILES[engine], *(file for files in halves for file in files)}
+    if missing := [file for file in (*MODEL_FILES, *ENGINE_FILES) if file in needed and not (source / file).is_file()]:
+        raise Refused(f"{source} cannot be released: it has no {', '.join(missing)}")
+    return [file for file in (*MODEL_FILES, *ENGINE_FILES, *REPORT_FILES) if (source / file).is_file()]
+
+
+def _for_cross_encoder(target: Path, agreed: contract.Contract) -> None:
+    """Makes sentence-transformers give the raw logit, where its default is a sigmoid, and cut where we do."""
+    for file, key, value in (
+        ("config.json", "sentence_transformers", {"activation_fn": "torch.nn.modules.linear.Identity"}),
+        ("tokenizer_config.json", "model_max_length", agreed.max_tokens),
+    ):
+        content = json.loads((target / file).read_bytes())
+        (target / file).write_text(json.dumps(content | {key: value}, indent=2), encoding="utf-8")
+
+
 def _manifest(target: Path) -> Manifest:
     try:
-        return Manifest.model_validate_json((target / MANIFEST).read_bytes())
+        content = (target / MANIFEST).read_bytes()
+        _check_format(target, content)
+        return Manifest.model_validate_json(content)
     except OSError as error:
         raise Refused(f"{target} is no bundle: {MANIFEST}: {error.strerror}") from error
     except pydantic.ValidationError as error:
@@ -102,54 +145,18 @@ def _manifest(target: Path) -> Manifest:
         raise Refused(f"{target / MANIFEST} is no manifest: {faults}") from error
 
 
+def _check_format(target: Path, content: bytes) -> None:
+    """Raises `Refused` for a bundle of another version, whatever else it holds."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return  # the manifest is checked as a whole
+    if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
+        raise Refused(
+            f"{target}: {MANIFEST} has format {found['format']}, this version reads {FORMAT}; publish it again"
+        )
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _card(name: str, agreed: contract.Contract, report: Mapping[str, Any], facts: Mapping[str, object]) -> str:
-    trained = [f"- {fact}: {value}" for fact, value in facts.items()]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-ranking",
-        "---",
-        f"# {name}",
-        "",
-        "A BERT cross-encoder that scores (query, title, summary), distilled by disranker. The score is a raw logit:",
-        "larger is more relevant, and only the order within one query has a meaning.",
-        "",
-        "## Trained on",
-        "",
-        *(trained or ["Not stated."]),
-        "",
-        "## Evaluation",
-        "",
-        *_metrics(report),
-        "",
-        "## Input",
-        "",
-        f"`[CLS] query [SEP] title summary [SEP]`, at most {agreed.max_tokens} tokens: {agreed.max_query_tokens} of "
-        f"the query, {agreed.max_title_tokens} of the title, the summary in what is left. `{contract.FILE}` is binding "
-        f"(digest {agreed.digest}); `{MANIFEST}` has the sha256 of every file.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _metrics(report: Mapping[str, Any]) -> list[str]:
-    """A table with a row for each run and a column for each metric, and intervals where the report has them."""
-    runs = report.get("runs", {})
-    names = list(dict.fromkeys(metric for metrics in runs.values() for metric in metrics))
-    if not names:
-        return ["Not evaluated."]
-    rows = [[run, *(_interval(metrics.get(metric)) for metric in names)] for run, metrics in runs.items()]
-    table = [["run", *names], ["---"] * (len(names) + 1), *rows]
-    return [f"On {report.get('queries', '?')} queries.", "", *("| " + " | ".join(row) + " |" for row in table)]
-
-
-def _interval(metric: Mapping[str, float] | None) -> str:
-    if metric is None:
-        return "not measured"
-    low, high = metric.get("low"), metric.get("high")
-    return f"{metric['value']:.3f}" + ("" if low is None or high is None else f" ({low:.3f} to {high:.3f})")

@@ -203,6 +203,16 @@ class Publish(Settings):
 
     min_share_of_teacher: Share = 0.95  # of the teacher's NDCG@10
     beat_bm25: bool = True  # the interval of the difference in NDCG@10 lies above 0
+    in_service: str | None = None  # a bundle, as a local folder: the student that serves now
+    max_loss: Share = 0.01  # of NDCG@10 against it: the interval of the difference lies above the negative of it
+    int8: bool = True  # the bundle has an engine of 8 bits
+    max_int8_loss: Share = 0.005  # of the NDCG@10 of float32
+    min_int8_tau: Annotated[float, Ge(-1), Le(1)] = 0.98  # Kendall's, mean over the lists, to the order of float32
+    max_difference: Positive = 1e-3  # of a score of the float32 engines to torch's
+    calibration_lists: Count = 100  # of the training split, for the ranges of 8 bits
+    test_lists: Count = 1000  # that the engines are compared on, evenly over all
+    timed_lists: Count = 30  # of them, that their speed is measured on
+    timing_rounds: Count = 5  # over them, after a first one that does not count; the median is told
 
 
 class Serve(Settings):

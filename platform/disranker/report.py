@@ -1,4 +1,4 @@
-"""The evaluation: one JSON for machines, one table for people, the gate a release must pass."""
+"""The evaluation: one JSON for machines, one table for people."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from disranker import metrics
 from disranker.metrics import METRICS, UNJUDGED, Array, Qrels, Run
-from disranker.recipe import Evaluate, Publish, Refused
+from disranker.recipe import Evaluate, Refused
 from disranker.slices import Slices
 
 Report = dict[str, Any]  # the content of report.json
@@ -59,27 +59,6 @@ def evaluate(
             for by, cut in (slices or {}).items()
         },
     }
-
-
-def gate(report: Report, cfg: Publish) -> list[str]:
-    """Why the student must not be released, a sentence each; empty where it may."""
-    needed = ["student", "teacher", *(["bm25"] if cfg.beat_bm25 else [])]
-    if absent := [name for name in needed if name not in report["runs"]]:
-        return [f"The report has no run of {', '.join(absent)}, so the student cannot be compared with it."]
-    reasons = []
-    student, teacher = (report["runs"][name][HEADLINE]["value"] for name in ("student", "teacher"))
-    if student < cfg.min_share_of_teacher * teacher:
-        reasons.append(
-            f"The student's NDCG@10 of {student:.4f} is {student / teacher:.2%} of the teacher's {teacher:.4f}; "
-            f"publish.min_share_of_teacher asks for {cfg.min_share_of_teacher:.2%}."
-        )
-    if cfg.beat_bm25 and (pair := _pair(report, "student", "bm25"))["low"] <= 0:
-        reasons.append(
-            f"The student is not shown to beat BM25: the difference in NDCG@10 is {pair['difference']:+.4f}, its "
-            f"{report['confidence']:.0%} interval [{pair['low']:+.4f}, {pair['high']:+.4f}] must lie above 0 "
-            "(publish.beat_bm25)."
-        )
-    return reasons
 
 
 def read(content: str | bytes) -> Report:
@@ -181,10 +160,3 @@ def difference(pair: Mapping[str, Any]) -> str:
 
 def number(value: float | None, form: str = ".3f") -> str:
     return NONE if value is None else format(value, form).replace("-", MINUS)
-
-
-def _pair(report: Report, a: str, b: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(
-        pair for pair in report["pairs"] if (pair["a"], pair["b"], pair["metric"]) == (a, b, HEADLINE)
-    )
-    return found

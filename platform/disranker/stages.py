@@ -6,7 +6,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from disranker import contract, ledger, store, trec
+from disranker import bundle, contract, ledger, store, trec
 from disranker.recipe import Recipe, Refused, digest
 
 FORMAT = 2  # of the tables; a change does every stage again
@@ -61,7 +61,7 @@ STAGES = (
         ("scores", "perturbed", "report"),
         ("evaluate",),
     ),
-    Stage("publish", ("student", "report"), ("bundle",), ("publish",)),
+    Stage("publish", ("groups", "student", "report"), ("bundle",), ("publish",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -170,10 +170,20 @@ def _outside(recipe: Recipe, stage: Stage) -> Iterator[str]:
         yield from store.expand(recipe.pretrain.general, "general", "pretrain")
     if stage.name == "evaluate":
         yield from store.expand(recipe.evaluate.runs, "runs", "evaluate")
+    if stage.name == "publish" and recipe.publish.in_service:
+        yield _in_service(recipe, recipe.publish.in_service)
     bases = {"pretrain": recipe.teacher.base, "finetune": recipe.teacher.base, "distill": recipe.student.base}
     for name, base in bases.items():
         if stage.name == name and base != "scratch" and store.is_folder(base):
             yield from store.expand([base], f"{name}.base")
+
+
+def _in_service(recipe: Recipe, folder: str) -> str:
+    """The manifest of the bundle in service, which names all its files. Raises `Refused` where there is none."""
+    own, (filesystem, path) = store.Store(recipe.root), store.locate(folder)
+    if type(filesystem) is type(own.fs) and f"{path}/".startswith(own.at("bundle", "")):
+        raise Refused(f"publish.in_service {folder} is where publish writes, and clears first; copy it elsewhere")
+    return store.expand([f"{folder.rstrip('/')}/{bundle.MANIFEST}"], "in_service", "publish")[0]
 
 
 def _forgotten(recipe: Recipe) -> Iterator[str]:

@@ -1,0 +1,133 @@
+"""The forms in which a student runs, and what each needs in its folder.
+
+torch          model.safetensors                             float32, any device's numbers compare with it
+onnx           model.onnx                                    float32, ONNX Runtime
+openvino       openvino_model.xml, openvino_model.bin        float32
+openvino-int8  openvino_int8.xml, openvino_int8.bin          weights and activations in 8 bits
+
+All run on the CPU. A form whose files are absent is refused, never replaced by another.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from transformers import BertForSequenceClassification
+
+from disranker.batches import Rows
+from disranker.contract import Contract
+from disranker.recipe import Refused
+
+Name = Literal["torch", "onnx", "openvino", "openvino-int8"]
+Forward = Callable[[Rows], list[float]]  # a raw logit for each row
+
+NAMES: tuple[Name, ...] = get_args(Name)
+FILES: dict[Name, tuple[str, ...]] = {
+    "torch": ("model.safetensors", "config.json"),
+    "onnx": ("model.onnx",),
+    "openvino": ("openvino_model.xml", "openvino_model.bin"),
+    "openvino-int8": ("openvino_int8.xml", "openvino_int8.bin"),
+}
+
+
+def load(folder: str | Path, name: Name, agreed: Contract, threads: int | None) -> Forward:
+    """The student in `folder` in one of its forms. Raises `Refused` if a file is absent or cannot serve the contract.
+
+    `threads` is set for all of torch in this process, for the others for this engine alone; None leaves their default.
+    """
+    if name not in NAMES:
+        raise Refused(f"no engine '{name}'; there are {', '.join(NAMES)}")
+    if missing := [file for file in FILES[name] if not (Path(folder) / file).is_file()]:
+        raise Refused(f"{folder} has no engine {name}: no {', '.join(missing)}")
+    made: dict[Name, Callable[[], Forward]] = {
+        "torch": lambda: Torch(Path(folder), agreed, threads),
+        "onnx": lambda: Onnx(Path(folder) / FILES["onnx"][0], threads),
+        "openvino": lambda: OpenVINO(Path(folder) / FILES["openvino"][0], threads),
+        "openvino-int8": lambda: OpenVINO(Path(folder) / FILES["openvino-int8"][0], threads),
+    }
+    return made[name]()
+
+
+class Torch:
+    """The weights as training left them."""
+
+    def __init__(self, folder: Path, agreed: Contract, threads: int | None):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = bert(folder, agreed)
+
+    @torch.inference_mode()
+    def __call__(self, rows: Rows) -> list[float]:
+        output = self.model(**rows.inputs(self.model))
+        return cast(list[float], output.logits.squeeze(-1).tolist())
+
+
+class Onnx:
+    """ONNX Runtime."""
+
+    def __init__(self, file: Path, threads: int | None):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0  # 0: all cores
+        self._session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self._takes = [taken.name for taken in self._session.get_inputs()]
+
+    def __call__(self, rows: Rows) -> list[float]:
+        (logits,) = self._session.run(None, {name: given for name, given in feed(rows).items() if name in self._takes})
+        return cast(list[float], logits[:, 0].tolist())
+
+
+class OpenVINO:
+    """OpenVINO, what is not in 8 bits in float32."""
+
+    def __init__(self, file: Path, threads: int | None):
+        # Left to itself it computes in bfloat16 where the CPU can, and the same bundle would score otherwise elsewhere.
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self._model = openvino().Core().compile_model(file, "CPU", options)
+        self._takes = [taken.any_name for taken in self._model.inputs]
+
+    def __call__(self, rows: Rows) -> list[float]:
+        logits = self._model({name: given for name, given in feed(rows).items() if name in self._takes})[0]
+        return cast(list[float], logits[:, 0].tolist())
+
+
+def feed(rows: Rows) -> dict[str, Any]:
+    """Rows under the names of a BERT's inputs, as arrays of int64 [rows, longest]."""
+    ids, real, segments = (tensor.long().numpy() for tensor in rows)
+    return {"input_ids": ids, "attention_mask": real, "token_type_ids": segments}
+
+
+def openvino() -> Any:
+    """The module, kept from reporting its use.
+
+    OpenVINO and NNCF report to Google Analytics when they are imported and used, unless a file in the home folder says
+    no, or the package that sends is absent: here it is, for this process.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
+    import openvino
+
+    return openvino
+
+
+def bert(folder: Path, agreed: Contract) -> BertForSequenceClassification:
+    """The model in float32, in evaluation mode. Raises `Refused` if it is not whole, or cannot serve its contract."""
+    model, loading = cast(
+        tuple[BertForSequenceClassification, dict[str, set[str]]],
+        BertForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        ),
+    )
+    # Of missing weights transformers only warns, and then serves scores from random ones.
+    if loading["missing_keys"]:
+        raise Refused(f"{folder} is no whole BertForSequenceClassification: no {sorted(loading['missing_keys'])}")
+    labels, positions = model.config.num_labels, model.config.max_position_embeddings
+    if labels != 1 or agreed.form != "encoder":
+        raise Refused(f"{folder} has {labels} labels and the contract of a {agreed.form}: 1 and an encoder is right")
+    if positions < agreed.max_tokens:
+        raise Refused(f"{folder} has {positions} positions, too few for the {agreed.max_tokens} tokens of its contract")
+    return model

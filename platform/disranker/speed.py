@@ -1,0 +1,119 @@
+"""How fast each engine scores real lists, how near it comes to torch, and which of them a bundle chooses."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from disranker import metrics
+from disranker.engine import Engine, Prompt
+from disranker.engines import FILES, Name
+from disranker.metrics import Qrels, Run
+from disranker.report import HEADLINE
+
+CHOICE: tuple[Name, ...] = ("torch", "openvino", "openvino-int8")  # of two as fast, the plainer; onnx is for others
+
+Measured = dict[str, dict[str, Any]]  # by engine
+
+
+def runs(folder: str, names: Sequence[Name], groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """engine -> query -> document -> score, of rows of `groups`."""
+    return {name: run(Engine(folder, engine=name), groups) for name in names}
+
+
+def run(engine: Engine, groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """query -> document -> score, of rows of `groups`."""
+    return {
+        group["query"]: dict(
+            zip(
+                [doc["doc_id"] for doc in group["docs"]],
+                engine.logits(engine.tokens.listed(group["query"], group["docs"])),
+                strict=True,
+            )
+        )
+        for group in groups
+    }
+
+
+def agreement(qrels: Qrels, found: Mapping[str, Run]) -> Measured:
+    """NDCG@10 of each engine's run; of all but torch also the largest difference of a score, and Kendall's tau."""
+    return {
+        name: {HEADLINE: float(np.mean(metrics.per_query(qrels, scores)[HEADLINE]))}
+        | ({} if name == "torch" else _nearness(scores, found["torch"]))
+        for name, scores in found.items()
+    }
+
+
+def measure(
+    folder: str, names: Sequence[Name], lists: Sequence[Sequence[Prompt]], rounds: int, cores: int | None = None
+) -> Measured:
+    """Pairs a second of each engine, by how many threads it had: one, and all (`cores`; None: those of this process).
+
+    Medians of so many rounds over the lists, one list at a time as a request brings them, tokenised before. Engines
+    take turns within a round, so that what else the machine does meets all of them.
+    """
+    cores = cores or len(os.sched_getaffinity(0))
+    pairs = sum(len(prompts) for prompts in lists)
+    speeds: Measured = {name: {"threads": [], "pairs_per_s": []} for name in names}
+    with _threads_restored():
+        for threads in sorted({1, cores}):
+            for name, times in _times(folder, names, lists, rounds, threads).items():
+                speeds[name]["threads"].append(threads)
+                speeds[name]["pairs_per_s"].append(round(pairs / statistics.median(times), 1))
+    return speeds
+
+
+def choose(speeds: Mapping[str, Mapping[str, Any]]) -> Name:
+    """The fastest with all threads; 8 bits only where they are faster than every float engine, in the same run."""
+    present = [name for name in CHOICE if name in speeds]
+    return max(present, key=lambda name: speeds[name]["pairs_per_s"][-1])  # of equals, the first
+
+
+def present(int8: bool) -> tuple[Name, ...]:
+    """The engines of a bundle."""
+    return tuple(name for name in FILES if int8 or name != "openvino-int8")
+
+
+def spread(groups: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """At most so many of them, evenly over all."""
+    step = max(1, -(-len(groups) // most))
+    return list(islice(groups, 0, None, step))
+
+
+def _times(
+    folder: str, names: Sequence[Name], lists: Sequence[Sequence[Prompt]], rounds: int, threads: int
+) -> dict[Name, list[float]]:
+    """Seconds of each round."""
+    made = {name: Engine(folder, threads, engine=name) for name in names}
+    for engine in made.values():
+        _seconds(engine, lists)  # the first time, graphs are planned for each length
+    turns = [{name: _seconds(engine, lists) for name, engine in made.items()} for _ in range(rounds)]
+    return {name: [turn[name] for turn in turns] for name in names}
+
+
+def _seconds(engine: Engine, lists: Sequence[Sequence[Prompt]]) -> float:
+    began = time.perf_counter()
+    for prompts in lists:
+        engine.logits(prompts)
+    return time.perf_counter() - began
+
+
+def _nearness(scores: Run, exact: Run) -> dict[str, float | None]:
+    gaps = [abs(scores[query][document] - exact[query][document]) for query in exact for document in exact[query]]
+    # numpy's maximum is not a number where one of them is none, and then no bar is passed.
+    return {"max_difference": float(np.max(gaps)), "kendall_tau": metrics.kendall_tau(scores, exact)}
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
