@@ -41,7 +41,7 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items):
-    """With several processes (`-n 2 --dist loadgroup`), one has all tests of the one Ray, and a module stays together."""
+    """With `-n 2 --dist loadgroup` one process has all tests of the one Ray, and a module stays together."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.fixturenames else item.module.__name__))
 
