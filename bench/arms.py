@@ -293,7 +293,7 @@ def tables(arms: Sequence[Found], rows: Sequence[Found]) -> str:
     ]
     text += [
         "",
-        "| on the same queries | NDCG@10 | interval, seeds and queries | queries alone | seeds above | p | Holm | PNR |",
+        "| on the same queries | NDCG@10 | over seeds and queries | queries alone | seeds above | p | Holm | PNR |",
     ]
     text += ["|---|---|---|---|---|---|---|---|"]
     text += [
