@@ -293,25 +293,30 @@ def tables(arms: Sequence[Found], rows: Sequence[Found]) -> str:
     ]
     text += [
         "",
-        "| on the same queries | NDCG@10 | interval, seeds and queries | queries alone | seeds above | p | Holm |",
+        "| on the same queries | NDCG@10 | over seeds and queries | queries alone | seeds above | p | Holm | PNR |",
     ]
-    text += ["|---|---|---|---|---|---|---|"]
+    text += ["|---|---|---|---|---|---|---|---|"]
     text += [
         f"| {row['name']} | {signed(row['value'])} | [{signed(row['low'])}, {signed(row['high'])}] "
         f"| [{signed(row['queries_low'])}, {signed(row['queries_high'])}] "
-        f"| {row['seeds_above']} of {row['seeds']} | {row['p']:.4f} | {row['holm']:.4f} |"
+        f"| {row['seeds_above']} of {row['seeds']} | {row['p']:.4f} | {row['holm']:.4f} | {_pnr(row['pnr'])} |"
         for row in rows
     ]
     return "\n".join(text) + "\n"
 
 
-def signed(number: float) -> str:
-    return f"{number:+.4f}".replace("-", MINUS)
+def signed(number: float, digits: int = 4) -> str:
+    return f"{number:+.{digits}f}".replace("-", MINUS)
 
 
 def said(text: str) -> None:
     """One line of progress, beside the lines of the claims."""
     print(f"{datetime.now():%H:%M:%S}  {text}", file=sys.stderr, flush=True)
+
+
+def _pnr(found: Mapping[str, float]) -> str:
+    value, low, high = (signed(found[name], 2) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _sd(found: Found, digits: int) -> str:

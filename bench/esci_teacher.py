@@ -3,8 +3,8 @@
     python -m bench.esci_teacher --data <folder> --model <folder> --folder runs/esci-teacher
 
 The folder of data holds documents.parquet, judgments.parquet with a split (train or test) of each query, ubi_queries*
-and ubi_events*; that of the model a BERT. No arm sees a test query before it is measured on it: settings were chosen on
-a part of the training queries (`--sweep`), and the weights are those of the last step.
+and ubi_events*; that of the model a BERT. No arm sees a test query before it is measured on it, the weights are those
+of the last step, and nothing was tuned; `--sweep` compares learning rates on a part of the training queries.
 """
 
 import argparse
