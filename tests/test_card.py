@@ -23,7 +23,10 @@ MANIFESTS = {
     },
     "labels": {"counts": {"pairs": 25_000}},
     "student": {
-        "settings": {"student": {"base": "scratch", "layers": 2}, "distill": {"alpha": 1.0, "beta": 0.5, "lr": 1e-3}},
+        "settings": {
+            "student": {"base": "scratch", "layers": 2},
+            "distill": {"loss": "hybrid", "targets": "teacher", "alpha": 1.0, "beta": 0.5, "pairs": "all", "lr": 1e-3},
+        },
         "counts": {"steps": 2000},
         "versions": {"torch": "2.13.0"},
     },
@@ -43,9 +46,15 @@ def test_the_facts_of_a_student_come_from_6_manifests():
         "teacher": "scratch, 1,500 steps of ranknet",
         "labels": "25,000 pairs",
         "student": "scratch, 2 layers, 2,000 steps",
-        "losses": "alpha 1, beta 0.5",
+        "loss": "hybrid, alpha 1, beta 0.5, all pairs",
         "versions": "torch 2.13.0",
     }
+
+
+def test_a_student_of_hard_labels_is_said_to_be_one():
+    hard = {"loss": "margin", "targets": "grades"}
+    student = MANIFESTS["student"] | {"settings": MANIFESTS["student"]["settings"] | {"distill": hard}}
+    assert card.facts(MANIFESTS | {"student": student}, made_up=False)["loss"] == "margin on grades"
 
 
 def test_a_made_up_world_is_said_to_be_one():

@@ -55,9 +55,16 @@ def facts(manifests: Mapping[str, Mapping[str, Any]], made_up: bool) -> dict[str
         "teacher": f"{taught['teacher']['base']}, {teacher['counts']['steps']:,} steps of {taught['finetune']['loss']}",
         "labels": f"{manifests['labels']['counts']['pairs']:,} pairs",
         "student": f"{shape['base']}, {shape['layers']} layers, {student['counts']['steps']:,} steps",
-        "losses": ", ".join(f"{name} {learned[name]:g}" for name in ("alpha", "beta") if name in learned),
+        "loss": _loss(learned),
         "versions": ", ".join(f"{name} {version}" for name, version in student["versions"].items()),
     }
+
+
+def _loss(learned: Mapping[str, Any]) -> str:
+    """What of the settings of `distill` says what the student learned."""
+    if learned["loss"] != "hybrid":
+        return f"{learned['loss']} on {learned['targets']}"
+    return f"hybrid, alpha {learned['alpha']:g}, beta {learned['beta']:g}, {learned['pairs']} pairs"
 
 
 def _metrics(report: Mapping[str, Any]) -> list[str]:
