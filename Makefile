@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python -m bench.logs --small
 	$(BIN)/python -m bench.train --small
 	$(BIN)/python -m bench.ablate_teacher --small
+	$(BIN)/python -m bench.ablate_student --small
 	$(BIN)/python -m bench.killed_training --small
 
 clean:

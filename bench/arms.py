@@ -1,4 +1,4 @@
-"""Teachers trained in several ways (arms), each under several seeds, and how far apart they are on the same queries.
+"""Models trained in several ways (arms), each under several seeds, and how far apart they are on the same queries.
 
 Trained by the same code as in the stages, but without Ray: a process on each core, one thread each. What a training
 found is a file named for all that decides it, so a training that is done is not done again.
@@ -28,13 +28,14 @@ from disranker import contract, metrics, pictures, stages
 from disranker import recipe as recipes
 from disranker.metrics import METRICS, Array
 from disranker.recipe import Recipe
+from disranker.retrieval import BM25
 from disranker.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
     from disranker.contract import Tokens
-    from disranker.fit import Fit
+    from disranker.fit import Fit, Task
 
 CORES = os.cpu_count() or 1
 HEADLINE = "ndcg@10"
@@ -45,38 +46,40 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tuning of one arm."""
+    """One training of one arm."""
 
     arm: str
     recipe: Recipe  # its seed decides head and order, never the data
     start: Path  # folder of the model it begins with
     folder: Path  # of what jobs found
     split: str = "test"  # whose queries it is measured on
+    stage: str = "finetune"
+    task: Callable[..., "Task"] | None = None  # None: that of the stage
 
     @property
     def file(self) -> Path:
         """Of what it found: named for all that decides it."""
-        decides = [stages.step(self.recipe, "finetune").fingerprint, self.start.name, self.split]
+        decides = [stages.step(self.recipe, self.stage).fingerprint, self.start.name, self.split]
         return self.folder / f"{_plain(self.arm)}-{self.recipe.seed}-{recipes.digest(decides)}.json"
 
 
 # Data and trainings
 
 
-def lists(folder: Path, content: Mapping[str, Any]) -> Recipe:
-    """The recipe of a store in `folder` after the jobs up to its lists; what stands is not made again."""
+def lists(folder: Path, content: Mapping[str, Any], until: str = "sample", artefact: str = "groups") -> Recipe:
+    """The recipe of a store in `folder` after the jobs up to its lists, or further; what stands is not made again."""
     path = folder / "recipe.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({**content, "root": str(folder.absolute() / "run")}))
-    said("python -m jobs.pipeline --until sample")
-    runs.done(path, folder / "log", stage="pipeline", artefact="groups", options=["--until", "sample"])
+    said(f"python -m jobs.pipeline --until {until}")
+    runs.done(path, folder / "log", stage="pipeline", artefact=artefact, options=["--until", until])
     return recipes.load(path)
 
 
-def seeded(recipe: Recipe, seed: int, **finetune: Any) -> Recipe:
-    """The same data, trained under another seed and with other settings."""
-    trained = {**recipe.finetune.model_dump(), **finetune}
-    return recipes.parse(recipe.model_dump() | {"seed": seed, "finetune": trained})
+def seeded(recipe: Recipe, seed: int, stage: str = "finetune", **settings: Any) -> Recipe:
+    """The same data, trained under another seed and with other settings of a stage."""
+    trained = {**getattr(recipe, stage).model_dump(), **settings}
+    return recipes.parse(recipe.model_dump() | {"seed": seed, stage: trained})
 
 
 def decoders(recipe: Recipe, folder: Path) -> tuple[Path, Path]:
@@ -91,8 +94,8 @@ def pretrained(several: Sequence[Recipe], folder: Path) -> None:
 
 
 def found(jobs: Sequence[Job]) -> list[Found]:
-    """What fine-tuning found in each job, in their order; only what is not known yet is trained."""
-    done(_finetune, [(job,) for job in jobs if not job.file.exists()])
+    """What training found in each job, in their order; only what is not known yet is trained."""
+    done(_train, [(job,) for job in jobs if not job.file.exists()])
     return [json.loads(job.file.read_text()) for job in jobs]
 
 
@@ -125,8 +128,8 @@ def _pretrain(recipe: Recipe, folder: Path) -> str:
     return f"CPT, seed {recipe.seed}: {_progress(measured)}"
 
 
-def _finetune(job: Job) -> str:
-    run, tokens, used = _trained("finetune", job.recipe, job.start)
+def _train(job: Job) -> str:
+    run, tokens, used = _trained(job.stage, job.recipe, job.start, job.task)
     measured = {"best": run.best, "validations": run.validations, "cpu_s": used}
     scored = tally(scorer(run.model, tokens), listed(job.recipe, job.split))
     unfinished = job.file.with_suffix(".unfinished")
@@ -156,17 +159,31 @@ def tally(scores: Callable[[dict[str, Any]], list[float]], groups: Sequence[dict
     return metrics.tally(qrels, run)
 
 
-def _trained(stage: str, recipe: Recipe, start: Path) -> tuple["Fit", "Tokens", float]:
+def bm25(recipe: Recipe) -> Array:
+    """The tally of BM25, by titles and summaries, on the test queries."""
+    rows = Store(recipe.root).read("documents").to_pylist()
+    index = BM25([row["doc_id"] for row in rows], [f"{row['title']} {row['summary']}" for row in rows])
+    return tally(
+        lambda group: index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]]), listed(recipe, "test")
+    )
+
+
+def _trained(
+    stage: str, recipe: Recipe, start: Path, task: Callable[..., "Task"] | None = None
+) -> tuple["Fit", "Tokens", float]:
     """As `jobs.training.train` does it, with one worker; and the seconds of its core that it took."""
     began = time.process_time()
     from disranker import fit
     from disranker.contract import Tokens
 
     module, cfg = importlib.import_module(f"jobs.{stage}"), getattr(recipe, stage)
-    tokens = Tokens.agree(start, contract.form(recipe.teacher.base), recipe.teacher)
-    task = module.task(recipe, Store(recipe.root), tokens)
+    if stage == "distill":
+        tokens = Tokens.agree(start, "encoder", recipe.student)
+    else:
+        tokens = Tokens.agree(start, contract.form(recipe.teacher.base), recipe.teacher)
+    learned = (task or module.task)(recipe, Store(recipe.root), tokens)
     model = module.model(str(start), tokens, recipe.seed)
-    run = fit.Fit(model, task, fit.steps(task, cfg, recipe.seed), cfg, recipe.seed * 1000)
+    run = fit.Fit(model, learned, fit.steps(learned, cfg, recipe.seed), cfg, recipe.seed * 1000)
     for _ in run.steps():
         pass
     run.finish()

@@ -23,10 +23,8 @@ from bench import arms, claims, runs
 from bench.arms import CORES, HEADLINE, MINUS, Comparison, Job
 from bench.claims import Line
 from disranker import sampling
-from disranker.metrics import METRICS, Array
+from disranker.metrics import METRICS
 from disranker.recipe import Recipe
-from disranker.retrieval import BM25
-from disranker.store import Store
 
 Settings = Mapping[str, Any]
 
@@ -96,7 +94,7 @@ def measure(plan: Plan) -> Iterator[Line]:
     trials = product(zip(ARMS, recipes, strict=True), range(1, plan.seeds + 1))
     found = arms.found([job(plan, arm, arms.seeded(recipe, seed)) for (arm, recipe), seed in trials])
     learned = np.array([one["tally"] for one in found]).reshape(len(ARMS), plan.seeds, -1, len(METRICS), 2)
-    tallies = {"BM25": np.stack([bm25(recipes[0])] * plan.seeds)}
+    tallies = {"BM25": np.stack([arms.bm25(recipes[0])] * plan.seeds)}
     tallies |= dict(zip((arm.name for arm in ARMS), learned, strict=True))
     pairs = [Comparison(f"{a} {MINUS} {b}", tallies[a], tallies[b]) for b, a in combinations(tallies, 2)]
     rows = arms.compared(pairs, recipes[0])
@@ -131,14 +129,6 @@ def held(judgments: Path, folder: Path) -> Path:
     path = folder / "judgments-held-out.parquet"
     given.with_columns(split=pl.when(moved).then(pl.lit("validation")).otherwise("split")).write_parquet(path)
     return path
-
-
-def bm25(recipe: Recipe) -> Array:
-    """The tally of BM25, by titles and summaries, on the test queries."""
-    rows = Store(recipe.root).read("documents").to_pylist()
-    index = BM25([row["doc_id"] for row in rows], [f"{row['title']} {row['summary']}" for row in rows])
-    of: Any = lambda group: index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]])  # noqa: E731
-    return arms.tally(of, arms.listed(recipe, "test"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -64,7 +64,12 @@ def start(recipe: Recipe, store: Store, folder: Path) -> None:
 
 
 def task(recipe: Recipe, store: Store, tokens: Tokens) -> student.Distillation:
-    cfg, groups = recipe.distill, training.groups(store)
+    return learned(recipe, store, tokens, training.groups(store))
+
+
+def learned(recipe: Recipe, store: Store, tokens: Tokens, groups: dict[str, list[Group]]) -> student.Distillation:
+    """What is learned of these training and validation lists."""
+    cfg = recipe.distill
     if cfg.targets != "teacher":
         train, validation = (teacher.lists(groups[split], tokens, hard(recipe)) for split in SPLITS)
         return student.Distillation(train, validation, [], tokens.contract.pad, cfg)

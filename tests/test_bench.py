@@ -19,6 +19,7 @@ from pyarrow import fs
 from torch.utils.tensorboard import SummaryWriter
 
 from bench import (
+    ablate_student,
     ablate_teacher,
     arms,
     claims,
@@ -476,6 +477,24 @@ def test_an_ablation_trains_each_arm_once_under_each_seed(tiny_run, tmp_path, ca
     assert ablate_teacher.main(["--small", "--folder", str(tmp_path)]) == 0
     assert [path.stat().st_mtime_ns for path in trained] == before
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == said
+
+
+@pytest.mark.slow
+def test_students_are_compared_with_each_other_their_teacher_and_bm25(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(arms, "lists", lambda *given, **_: recipes.parse(given[1] | {"root": str(tiny_run.path)}))
+    monkeypatch.setattr(ablate_student, "PAIRS", {"hybrid, gaps": {"pairs": "gaps"}})
+    monkeypatch.setattr(ablate_student, "LAYERS", (1,))
+    assert ablate_student.main(["--small", "--seeds", "1", "--folder", str(tmp_path)]) == 0
+    said = {json.loads(line)["claim"] for line in capsys.readouterr().out.splitlines()}
+    compared = {"hybrid - kl", "hybrid - hard labels", "hybrid, gaps - hybrid", "hybrid, 1 layers - hybrid"}
+    compared |= {"hybrid, graded alone - hybrid", "hybrid, without random - hybrid"}
+    compared |= {"hybrid - teacher", "hybrid - BM25"}
+    assert said == {f"student: {name.replace(' - ', f' {arms.MINUS} ')}" for name in compared}
+    shown = json.loads((tmp_path / "results.json").read_text())
+    report = json.loads(Path(tiny_run.at("report", "report.json")).read_text())["runs"]
+    for arm, run in (("teacher", "teacher"), ("BM25", "bm25")):
+        (found,) = [row["ndcg@10"]["mean"] for row in shown["arms"] if row["arm"] == arm]
+        assert found == pytest.approx(report[run]["ndcg@10"]["value"], abs=1e-6)
 
 
 # Training

@@ -1,0 +1,174 @@
+"""What helps the student on the embedded world: which loss, which pairs, how many layers, which candidates.
+
+    python -m bench.ablate_student --folder runs/students               results.json, results.md, differences.svg
+    python -m bench.ablate_student --folder runs/students --only sweep  what SETTINGS were chosen from
+
+One teacher labels the lists once; all students are measured on the same test queries, and beside it and BM25. A seed
+decides first weights and order.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench import ablate_teacher, arms, claims
+from bench.arms import CORES, HEADLINE, MINUS, Comparison, Job
+from bench.claims import Line
+from disranker.metrics import METRICS, Array
+from disranker.recipe import Recipe
+from disranker.store import Store
+
+if TYPE_CHECKING:
+    from disranker.contract import Tokens
+    from disranker.fit import Task
+
+Settings = Mapping[str, Any]  # of the stage distill
+
+LOSSES: dict[str, Settings] = {
+    "hybrid": {},
+    "hybrid, beta 0.5": {"beta": 0.5},
+    "hybrid, beta 2": {"beta": 2.0},
+    "point": {"beta": 0.0},
+    "margin": {"alpha": 0.0},
+    "ranknet": {"loss": "ranknet"},
+    "kl": {"loss": "kl"},
+    "hard labels": {"loss": "ranknet", "targets": "grades_then_evidence"},
+}
+PAIRS: dict[str, Settings] = {f"hybrid, {pairs}": {"pairs": pairs} for pairs in ("neighbours", "gaps", "sampled")}
+LAYERS = (3, 6)  # beside the 2 of the recipe
+SOURCES = {"graded alone": ("judged",), "without random": ("judged", "shown", "bm25")}  # of the documents of a list
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    settings: Settings = field(default_factory=dict, compare=False)
+    layers: int = 2
+    sources: tuple[str, ...] = ()  # none: all
+
+
+HYBRID = Arm("hybrid")
+
+
+@dataclass(frozen=True)
+class Plan:
+    folder: Path
+    seeds: int = 5
+    sweep_seed: int = 100  # none of those that are measured
+    recipe: Mapping[str, Any] = field(default_factory=lambda: ablate_teacher.RECIPE)
+    losses: tuple[str, ...] = tuple(LOSSES)
+
+    def arms(self) -> list[Arm]:
+        chosen = [Arm(name, LOSSES[name]) for name in self.losses]
+        chosen += [Arm(name, settings) for name, settings in PAIRS.items()]
+        chosen += [Arm(f"hybrid, {layers} layers", layers=layers) for layers in LAYERS]
+        return chosen + [Arm(f"hybrid, {name}", sources=sources) for name, sources in SOURCES.items()]
+
+    def pairs(self) -> list[tuple[str, str, str]]:
+        """(what is compared, one arm, the other), all in one family of tests."""
+        others = [arm.name for arm in self.arms() if arm != HYBRID]
+        found = [(f"{HYBRID.name} {MINUS} {name}", HYBRID.name, name) for name in others if name in LOSSES]
+        found += [(f"{name} {MINUS} {HYBRID.name}", name, HYBRID.name) for name in others if name not in LOSSES]
+        return found + [(f"{HYBRID.name} {MINUS} {name}", HYBRID.name, name) for name in ("teacher", "BM25")]
+
+
+SMALL = {
+    "seeds": 2,
+    "losses": ("hybrid", "kl", "hard labels"),
+    "recipe": ablate_teacher.SMALL["recipe"]
+    | {"student": {"vocabulary": 400, "width": 32, "layers": 2, "heads": 2}, "distill": {"epochs": 1}},
+}
+
+# The best on validation queries (`--only sweep`).
+SETTINGS: dict[str, Settings] = {}
+LEARNING_RATES: tuple[Settings, ...] = ({"lr": 3.5e-4}, {"lr": 7e-4}, {"lr": 1.4e-3})
+
+
+def ablation(plan: Plan) -> Iterator[Line]:
+    """All arms under all seeds; writes the files that show them."""
+    began = time.monotonic()
+    recipe = arms.lists(plan.folder, plan.recipe, until="score", artefact="labels")
+    trials = [(arm, SETTINGS.get(arm.name, {}), seed) for arm, seed in product(plan.arms(), range(1, plan.seeds + 1))]
+    found = arms.found(jobs(plan, recipe, trials))
+    every = np.array([one["tally"] for one in found]).reshape(len(plan.arms()), plan.seeds, -1, len(METRICS), 2)
+    tallies = {arm.name: tally for arm, tally in zip(plan.arms(), every, strict=True)} | fixed(recipe, plan.seeds)
+    rows = arms.compared([Comparison(name, tallies[a], tallies[b]) for name, a, b in plan.pairs()], recipe)
+    facts = {"cores": CORES, "seconds": round(time.monotonic() - began), "test_queries": every.shape[2]}
+    facts |= {"settings": {arm.name: dict(arm.settings) | dict(SETTINGS.get(arm.name, {})) for arm in plan.arms()}}
+    arms.show(plan.folder, [arms.summary(name, tally) for name, tally in tallies.items()], rows, facts)
+    yield from arms.lines(rows, "student")
+
+
+def sweep(plan: Plan) -> Iterator[Line]:
+    """Each loss under several learning rates, measured on the validation queries alone."""
+    recipe = arms.lists(plan.folder, plan.recipe, until="score", artefact="labels")
+    swept = [arm for arm in plan.arms() if arm.name in LOSSES]
+    trials = [(arm, chosen, plan.sweep_seed) for arm in swept for chosen in LEARNING_RATES]
+    for (arm, chosen, _), one in zip(trials, arms.found(jobs(plan, recipe, trials, "validation")), strict=True):
+        ndcg = float(np.array(one["tally"])[:, METRICS.index(HEADLINE), 0].mean())
+        yield {"claim": f"sweep: {arm.name}", **chosen, HEADLINE: claims.shown(ndcg), "step": one["best"]["step"]}
+
+
+def jobs(plan: Plan, recipe: Recipe, trials: Sequence[tuple[Arm, Settings, int]], split: str = "test") -> list[Job]:
+    """One for each (arm, settings, seed); what they begin with is made where it is not there."""
+    folder = plan.folder / "trained"
+    folder.mkdir(exist_ok=True)
+    made = []
+    for arm, chosen, seed in trials:
+        mine = arms.seeded(recipe, seed, "distill", **{**arm.settings, **chosen})
+        mine = mine.model_copy(update={"student": mine.student.model_copy(update={"layers": arm.layers})})
+        start = started(mine, folder)
+        made.append(Job(arm.name, mine, start, folder, split, "distill", partial(task, sources=arm.sources)))
+    return made
+
+
+def started(recipe: Recipe, folder: Path) -> Path:
+    """The student of a seed and a number of layers before it learned anything."""
+    from jobs import distill
+
+    start = folder / f"student-{recipe.student.layers}-{recipe.seed}"
+    if not (start / arms.WHOLE).exists():
+        start.mkdir(exist_ok=True)
+        distill.start(recipe, Store(recipe.root), start)
+        (start / arms.WHOLE).write_text("{}")
+    return start
+
+
+def task(recipe: Recipe, store: Store, tokens: "Tokens", sources: Sequence[str]) -> "Task":
+    """As that of the stage, with the training documents of these sources alone."""
+    from jobs import distill, training
+
+    groups = training.groups(store)
+    if sources:
+        kept = [group | {"docs": [d for d in group["docs"] if d["source"] in sources]} for group in groups["train"]]
+        groups["train"] = [group for group in kept if len(group["docs"]) > 1]
+    return distill.learned(recipe, store, tokens, groups)
+
+
+def fixed(recipe: Recipe, seeds: int) -> dict[str, Array]:
+    """The tallies of the teacher and of BM25, the same under each seed."""
+    from jobs.score import Teacher
+
+    store = Store(recipe.root)
+    judge = Teacher.of(recipe, store)
+    of: Any = lambda group: [score or 0.0 for score in judge.scores([group])[0]]  # noqa: E731
+    found = {"teacher": arms.tally(of, arms.listed(recipe, "test")), "BM25": arms.bm25(recipe)}
+    return {name: np.stack([tally] * seeds) for name, tally in found.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    measurements = {"ablation": ablation, "sweep": sweep}
+    return claims.command(
+        "bench.ablate_student", Plan, measurements, SMALL, argv, __doc__ or "", ("sweep",), keeps=True
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
