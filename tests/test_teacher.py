@@ -130,6 +130,22 @@ def test_33_rows_go_in_8_pieces_of_like_length_and_their_scores_come_back_in_ord
     assert torch.allclose(found, whole, atol=1e-5)
 
 
+def test_8_pieces_share_one_look_up_of_their_tokens_and_have_the_gradients_of_one(folder, tokens, monkeypatch):
+    texts = ["warm " * (n * 7 % 13) for n in range(33)]
+    rows = Rows.padded(tokens.prompts(["red"] * 33, ["blue"] * 33, texts), tokens.contract.pad)
+    weights, found, looked_up = torch.linspace(-1, 1, 33), {}, []
+    plain = torch.nn.functional.embedding
+    monkeypatch.setattr(torch.nn.functional, "embedding", lambda *of: looked_up.append(of[0].shape) or plain(*of))
+    for least in (40, 10**6):
+        monkeypatch.setattr(teacher, "LEAST_TOKENS", least)
+        model = teacher.scorer(folder, tokens, seed=1)
+        (teacher.raw_scores(model, rows) * weights).sum().backward()
+        assert "forward" not in vars(model.get_input_embeddings())
+        found[least] = [weight.grad for weight in model.parameters()]
+    assert looked_up == [rows.ids.unique().shape, rows.ids.shape]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found.values(), strict=True))
+
+
 @torch.no_grad()
 def test_the_score_is_that_of_the_closing_token(scorer, tokens):
     rows = tokens.prompts(["red", "red"], ["blue", "shoe " * 6], ["", ""])

@@ -83,7 +83,8 @@ def steps(task: Task, cfg: Training, seed: int, rank: int = 0, ranks: int = 1) -
 def optimizer(model: nn.Module, cfg: Training, total: int) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW, with a learning rate that rises over the warm-up and falls along a cosine to zero."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    # Fused: one pass over the weights, where the other kind makes a copy for each of its operations.
+    adam = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     warmup = max(1, round(cfg.warmup_share * total))
 
     def factor(step: int) -> float:
