@@ -109,7 +109,8 @@ def train(settings: dict[str, Any]) -> None:
         _steps(run, stage, rank, store, settings)
     except fit.Diverged as fault:
         # All ranks are here, and a retry would come to the same step: nothing is raised that Ray Train would repeat.
-        found = {"fault": str(fault), "step": fault.step, "queries": fault.queries}
+        finite = math.isfinite(fault.loss)
+        found = {"fault": str(fault), "step": fault.step, "finite": finite, "queries": fault.queries}
         store.put_text(json.dumps(found), settings["run"], f"{FAULT}{rank}.json")
         return
     run.finish()
@@ -127,7 +128,8 @@ def _check_faults(store: Store, stage: str, cfg: Training, run: str) -> None:
     """Raises `Failed` where the workers stopped at a step. Queries stand in the store alone, never in a log."""
     files = [info.path for info in store.files(run) if info.base_name.startswith(FAULT)]
     if files:
-        worst = max((store.read_json(run, Path(file).name) for file in files), key=lambda found: len(found["queries"]))
+        found = [store.read_json(run, Path(file).name) for file in files]
+        worst = max(found, key=lambda one: not one["finite"])  # a rank whose own loss is to blame
         raise Failed(
             f"{stage}: {worst['fault']}, which was not taken; its queries stand in {store.at(run)}/{FAULT}*.json; "
             f"lower {stage}.lr ({cfg.lr:g}) or clip_norm ({cfg.clip_norm:g}); checkpoints of the steps before it stay"

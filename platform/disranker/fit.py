@@ -43,7 +43,7 @@ class Task(Protocol):
 class Diverged(FloatingPointError):
     """A step that would have made the weights no finite numbers, and was not taken; every rank raises it at that step.
 
-    `queries` are those of this rank whose loss is not finite.
+    `queries` are those of this rank whose loss is not finite, or all of its step where the gradient alone is not.
     """
 
     def __init__(self, step: int, loss: float, norm: float, queries: list[str]):
@@ -183,15 +183,14 @@ class Fit:
         return float(loss.item())
 
     def _not_finite(self, losses: Sequence[float]) -> list[str]:
-        """Queries of the items of this step whose loss alone is not finite.
+        """Queries of the items of this step whose loss alone is not finite; of all of them, where no loss is such.
 
         Under FSDP, where no rank can compute alone, of all items of a batch with such a loss.
         """
-        batches = [
-            batch for batch, loss in zip(self.planned[self.done], losses, strict=True) if not math.isfinite(loss)
-        ]
-        items = [place for batch in batches for place in batch]
-        if not isinstance(self.model, FSDPModule):
+        planned = self.planned[self.done]
+        bad = [batch for batch, loss in zip(planned, losses, strict=True) if not math.isfinite(loss)]
+        items = [place for batch in bad or planned for place in batch]
+        if bad and not isinstance(self.model, FSDPModule):
             items = [place for place in items if not math.isfinite(self._loss_alone(place))]
         return sorted({self.task.query(place) for place in items})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from disranker import bundle, contract, ledger, store, trec
+from disranker import contract, ledger, store, trec
 from disranker.recipe import Recipe, Refused, digest
 
 FORMAT = 2  # of the tables; a change does every stage again
@@ -180,6 +180,8 @@ def _outside(recipe: Recipe, stage: Stage) -> Iterator[str]:
 
 def _in_service(recipe: Recipe, folder: str) -> str:
     """The manifest of the bundle in service, which names all its files. Raises `Refused` where there is none."""
+    from disranker import bundle  # brings torch, which who plans stages need not wait for
+
     own, (filesystem, path) = store.Store(recipe.root), store.locate(folder)
     if type(filesystem) is type(own.fs) and f"{path}/".startswith(own.at("bundle", "")):
         raise Refused(f"publish.in_service {folder} is where publish writes, and clears first; copy it elsewhere")
