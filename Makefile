@@ -27,9 +27,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes: the tests that share the one Ray wait for it half of the time.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 # Every measurement once, small: that it runs. For figures run the modules without --small, one at a time.
 bench: setup

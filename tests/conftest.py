@@ -49,12 +49,6 @@ TINY = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    """With `-n 2 --dist loadgroup` one process has all tests of the one Ray, and a module stays together."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if "cluster" in item.fixturenames else item.module.__name__))
-
-
 class Cluster(NamedTuple):
     """A Ray of one node that asks for a token."""
 
