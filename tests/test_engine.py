@@ -1,10 +1,11 @@
 import random
+import string
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 from disranker.contract import Tokens
@@ -38,11 +39,12 @@ SPECIAL = {
 
 def save_student(folder, **config):
     """A BERT of random weights, large enough that documents differ in score, with tokenizer and contract."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    # A vocabulary that is written, not trained: training breaks ties differently in each process, and scores with it.
+    letters = [mark + letter for mark in ("", "##") for letter in string.ascii_lowercase]
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL.values(), *WORDS, *letters])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=list(SPECIAL.values()), show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -84,7 +86,7 @@ def test_40_scores_equal_those_of_transformers_one_by_one_to_5_digits_in_the_ord
 def test_the_score_of_a_pair_does_not_depend_on_the_batch_it_is_in(student):
     pairs = some_pairs(24)
     small, large = (Engine(student, tokens_per_batch=budget).scores(*pairs) for budget in (1, 4096))
-    assert small == pytest.approx(large, abs=1e-4)
+    assert small == pytest.approx(large, abs=1e-5)
 
 
 def test_no_pairs_have_no_scores(student):

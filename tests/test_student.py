@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -124,6 +125,17 @@ def test_a_student_from_nothing_has_the_shape_of_the_recipe_and_the_same_weights
     ids = tokens.pairs(["RED shoe"], ["Blue"], [""])[0]
     readable = [tokens._tokenizer.id_to_token(i) for i in ids]
     assert readable == ["[CLS]", "red", "shoe", "[SEP]", "blue", "[SEP]"] and max(ids) < config.vocab_size
+
+
+def test_a_tokenizer_of_words_that_tie_is_the_same_3_times_and_knows_them(tmp_path):
+    texts = ["".join(letters) for letters in itertools.product("abcde", repeat=4)] * 2
+    for name in "123":
+        student.scratch(tmp_path / name, iter(texts), TINY_STUDENT, seed=1)
+    one, *others = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in "123")
+    assert others == [one, one]
+    assert [token["content"] for token in one["added_tokens"]] == list(student.SPECIAL)
+    pieces = one["model"]["vocab"]
+    assert len(pieces) == TINY_STUDENT.vocabulary and {"a", "##a"} < pieces.keys()
 
 
 @torch.no_grad()

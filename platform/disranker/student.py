@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,18 @@ from disranker.recipe import Distill, Refused
 from disranker.recipe import Student as StudentSettings
 from disranker.teacher import pair_accuracy, raw_scores
 
+if TYPE_CHECKING:
+    from tokenizers import BertWordPieceTokenizer
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROUNDING = 1e-6  # of float32 and of the sums over it, relative
 
 
 def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed: int) -> None:
     """Writes a small BERT with random weights and a WordPiece tokenizer of the texts."""
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-    tokenizer = BertWordPieceTokenizer(lowercase=True)
-    tokenizer.train_from_iterator(texts, vocab_size=cfg.vocabulary, show_progress=False)
+    tokenizer = _word_pieces(list(texts), cfg.vocabulary)
     BertTokenizer(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
     torch.manual_seed(seed)
     config = BertConfig(
@@ -39,6 +41,18 @@ def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed
     )
     config.num_labels = 1
     BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def _word_pieces(texts: Sequence[str], vocabulary: int) -> "BertWordPieceTokenizer":
+    """The same one each time: left alone, training numbers "##" letters by a random hash, and breaks ties by number."""
+    from tokenizers import BertWordPieceTokenizer
+
+    letters = BertWordPieceTokenizer(lowercase=True)
+    letters.train_from_iterator(texts, vocab_size=1, show_progress=False)
+    numbered = [*SPECIAL, *sorted(letter for letter in letters.get_vocab() if letter.startswith("##"))]
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=numbered, show_progress=False)
+    return BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=True)
 
 
 def shortened(base: str, folder: str | Path, cfg: StudentSettings, seed: int) -> None:
