@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench import ablate_teacher, arms, claims
-from bench.arms import CORES, HEADLINE, MINUS, Comparison, Job
+from bench.arms import CORES, Comparison, Job
 from bench.claims import Line
 from disranker.metrics import METRICS, Array
 from disranker.recipe import Recipe
+from disranker.report import HEADLINE, MINUS
 from disranker.store import Store
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from bench import arms, claims
-from bench.arms import CORES, HEADLINE, MINUS, Comparison, Job
+from bench.arms import CORES, Comparison, Job
 from bench.claims import Line
 from disranker.metrics import METRICS
 from disranker.recipe import Recipe
+from disranker.report import HEADLINE, MINUS
 
 Settings = Mapping[str, Any]  # of the stage finetune
 

@@ -28,6 +28,7 @@ from disranker import contract, metrics, pictures, stages
 from disranker import recipe as recipes
 from disranker.metrics import METRICS, Array
 from disranker.recipe import Recipe
+from disranker.report import HEADLINE, MINUS
 from disranker.retrieval import BM25
 from disranker.store import Store
 
@@ -38,9 +39,7 @@ if TYPE_CHECKING:
     from disranker.fit import Fit, Task
 
 CORES = os.cpu_count() or 1
-HEADLINE = "ndcg@10"
 WHOLE = "training.json"  # the last file of a decoder
-MINUS = "\N{MINUS SIGN}"
 Found = dict[str, Any]
 
 
@@ -161,8 +160,7 @@ def tally(scores: Callable[[dict[str, Any]], list[float]], groups: Sequence[dict
 
 def bm25(recipe: Recipe) -> Array:
     """The tally of BM25, by titles and summaries, on the test queries."""
-    rows = Store(recipe.root).read("documents").to_pylist()
-    index = BM25([row["doc_id"] for row in rows], [f"{row['title']} {row['summary']}" for row in rows])
+    index = BM25.of(Store(recipe.root).read("documents").to_pylist())
     return tally(
         lambda group: index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]]), listed(recipe, "test")
     )

@@ -20,11 +20,12 @@ import numpy as np
 import polars as pl
 
 from bench import arms, claims, runs
-from bench.arms import CORES, HEADLINE, MINUS, Comparison, Job
+from bench.arms import CORES, Comparison, Job
 from bench.claims import Line
 from disranker import sampling
 from disranker.metrics import METRICS
 from disranker.recipe import Recipe
+from disranker.report import HEADLINE, MINUS
 
 Settings = Mapping[str, Any]
 

@@ -6,7 +6,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from disranker import comparison, lines, stages, trec
-from disranker import report as reports
 from disranker.comparison import Side
 from disranker.recipe import Refused
 from disranker.store import Store
@@ -33,8 +32,7 @@ def side(root: str) -> Side:
     store = Store(root)
     if store.finished("report") is None:
         raise Refused(f"compare: no report in {store.uri}; run jobs.evaluate first, or jobs.pipeline")
-    with store.fs.open_input_stream(store.at("report", "report.json")) as file:
-        found = reports.read(file.read())
+    found = store.read_json("report", "report.json")
     names = [info.base_name for info in store.files("report")]
     qrels = trec.qrels(f"{store.uri}/report/qrels.txt") if "qrels.txt" in names else {}
     runs = {

@@ -20,8 +20,7 @@ def run(recipe: Recipe) -> None:
     pipeline.run(recipe)
     store = Store(recipe.root)
     launch.connect()
-    with store.fs.open_input_stream(store.at("report", "report.json")) as file:
-        found = report.read(file.read())
+    found = store.read_json("report", "report.json")
     print(f"\n{_heading(recipe, found)}\n{report.table(found)}\n", flush=True)
     settings = Settings(bundle=store.folder(BUNDLE), tokens_per_batch=recipe.serve.tokens_per_batch)
     try:

@@ -51,10 +51,7 @@ class Judge:
     def __init__(self, recipe: Recipe, store: Store):
         self.store, self.teacher, self.recipe = store, Teacher.of(recipe, store), recipe
         self.student = Engine(store.folder("student"))
-        documents = store.read("documents").to_pylist()
-        self.bm25 = BM25(
-            [row["doc_id"] for row in documents], [f"{row['title']} {row['summary']}" for row in documents]
-        )
+        self.bm25 = BM25.of(store.read("documents").to_pylist())
 
     def __call__(self, part: int) -> dict[str, int]:
         groups = self.store.read("groups", part=part, where=TEST).to_pylist()

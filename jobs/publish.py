@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from disranker import bundle, card, conversion, gate, lineage, report, speed
+from disranker import bundle, card, conversion, gate, lineage, speed
 from disranker.contract import Tokens
 from disranker.engine import Engine
 from disranker.gate import Bar
@@ -30,7 +30,7 @@ Groups = Sequence[dict[str, Any]]
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     cfg = recipe.publish
-    found = report.read(_text(store, "report.json"))
+    found = store.read_json("report", "report.json")
     tested = speed.spread(store.read("groups", where=pc.field("split") == "test").to_pylist(), cfg.test_lists)
     with tempfile.TemporaryDirectory() as folder:
         assembled = _assemble(folder, recipe, store)
@@ -66,7 +66,7 @@ def _assemble(folder: str, recipe: Recipe, store: Store) -> str:
     prompts = [prompt for group in _trained(recipe, store) for prompt in tokens.listed(group["query"], group["docs"])]
     conversion.export(assembled, assembled, prompts if recipe.publish.int8 else None)
     for page in bundle.REPORT_FILES:
-        (assembled / page).write_bytes(_text(store, page))
+        (assembled / page).write_bytes(store.read_bytes("report", page))
     return str(assembled)
 
 
@@ -99,12 +99,6 @@ def _decide(bars: Sequence[Bar], store: Store) -> None:
 
 def _qrels(groups: Groups) -> dict[str, dict[str, int]]:
     return {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
-
-
-def _text(store: Store, name: str) -> bytes:
-    with store.fs.open_input_stream(store.at("report", name)) as file:
-        content: bytes = file.read()
-    return content
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Sampler:
         rows = store.read("documents").to_pylist()
         self.texts = {row["doc_id"]: row for row in rows}
         self.doc_ids = sorted(self.texts)
-        self.bm25 = BM25(self.doc_ids, [f"{self.texts[i]['title']} {self.texts[i]['summary']}" for i in self.doc_ids])
+        self.bm25 = BM25.of([self.texts[doc_id] for doc_id in self.doc_ids])
 
     def __call__(self, part: int) -> dict[str, int]:
         queries = self.store.read("queries", part=part).to_pylist()

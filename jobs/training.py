@@ -126,9 +126,9 @@ def train(settings: dict[str, Any]) -> None:
 
 def _check_faults(store: Store, stage: str, cfg: Training, run: str) -> None:
     """Raises `Failed` where the workers stopped at a step. Queries stand in the store alone, never in a log."""
-    files = [info.path for info in store.files(run) if info.base_name.startswith(FAULT)]
-    if files:
-        found = [store.read_json(run, Path(file).name) for file in files]
+    names = [info.base_name for info in store.files(run) if info.base_name.startswith(FAULT)]
+    if names:
+        found = [store.read_json(run, name) for name in names]
         worst = max(found, key=lambda one: not one["finite"])  # a rank whose own loss is to blame
         raise Failed(
             f"{stage}: {worst['fault']}, which was not taken; its queries stand in {store.at(run)}/{FAULT}*.json; "

@@ -5,7 +5,7 @@ from pathlib import Path
 from test_engine import WORDS
 from transformers import PreTrainedTokenizerFast
 
-from disranker import teacher
+from disranker import fit, teacher
 from disranker.contract import Tokens
 from disranker.recipe import Student, Teacher
 
@@ -33,6 +33,16 @@ def respecial(folder: Path, **tokens: str) -> None:
     """Gives the tokenizer of a folder other special tokens."""
     file = str(folder / "tokenizer.json")
     PreTrainedTokenizerFast(tokenizer_file=file, **tokens).save_pretrained(folder)
+
+
+def stepped(run: fit.Fit, state: dict | None = None, stop: int | None = None) -> fit.Fit:
+    """A training that went on from a state, to a step or to its end."""
+    if state:
+        run.load(state)
+    for progress in run.steps():
+        if progress.step == stop:
+            break
+    return run
 
 
 class Dies:

@@ -118,6 +118,32 @@ def tiny_run(submitted, ray_here, tiny):
     return Store(tiny["root"])
 
 
+@pytest.fixture(scope="session")
+def qrels():
+    """Made-up judgments."""
+    import rankings
+
+    return rankings.judgments()
+
+
+@pytest.fixture(scope="session")
+def runs(qrels):
+    """Three rankings of what `qrels` judges."""
+    import rankings
+
+    return rankings.three(qrels)
+
+
+@pytest.fixture(scope="session")
+def found(qrels, runs):
+    """What `report.evaluate` finds in `runs`."""
+    import rankings
+
+    from disranker import report
+
+    return report.evaluate(qrels, runs, rankings.CFG, 1, rankings.cut(qrels))
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -38,6 +38,7 @@ from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.inputs import World
 from disranker.recipe import Finetune, Pretrain, Refused, Student, Teacher
+from disranker.report import MINUS
 from disranker.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -406,7 +407,7 @@ def test_a_table_has_both_intervals_of_a_difference_and_that_of_pnr_with_signs()
     row = {"name": "a - b", "value": -0.01, "low": -0.02, "high": 0.0, "queries_low": 0.1, "queries_high": 0.2}
     row |= {"seeds_above": 2, "seeds": 3, "p": 0.04, "holm": 0.08, "pnr": pnr}
     *_, line = arms.tables([], [row]).splitlines()
-    minus = arms.MINUS
+    minus = MINUS
     assert line == (
         f"| a - b | {minus}0.0100 | [{minus}0.0200, +0.0000] | [+0.1000, +0.2000] "
         f"| 2 of 3 | 0.0400 | 0.0800 | +0.50 [{minus}0.25, +1.00] |"
@@ -489,7 +490,7 @@ def test_students_are_compared_with_each_other_their_teacher_and_bm25(tiny_run, 
     compared = {"hybrid - kl", "hybrid - hard labels", "hybrid, gaps - hybrid", "hybrid, 1 layers - hybrid"}
     compared |= {"hybrid, graded alone - hybrid", "hybrid, without random - hybrid"}
     compared |= {"hybrid - teacher", "hybrid - BM25"}
-    assert said == {f"student: {name.replace(' - ', f' {arms.MINUS} ')}" for name in compared}
+    assert said == {f"student: {name.replace(' - ', f' {MINUS} ')}" for name in compared}
     shown = json.loads((tmp_path / "results.json").read_text())
     report = json.loads(Path(tiny_run.at("report", "report.json")).read_text())["runs"]
     for arm, run in (("teacher", "teacher"), ("BM25", "bm25")):

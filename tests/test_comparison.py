@@ -6,7 +6,7 @@ from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
-from test_report import CFG, judgments, run
+from rankings import CFG, judgments, run
 
 from disranker import comparison, metrics, report, trec
 from disranker.comparison import Side

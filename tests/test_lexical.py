@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from builders import TINY_STUDENT, doc
+from builders import TINY_STUDENT, doc, stepped
 from test_engine import save_student
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
@@ -142,13 +142,7 @@ def test_25_steps_halve_what_the_head_misses_and_a_run_that_died_goes_on_with_it
     planned = fit.steps(learned, cfg, seed=1)
 
     def run(state=None, stop=None):
-        running = fit.Fit(telling(base), learned, planned, cfg)
-        if state:
-            running.load(state)
-        for progress in running.steps():
-            if progress.step == stop:
-                break
-        return running
+        return stepped(fit.Fit(telling(base), learned, planned, cfg), state, stop)
 
     whole, half = run(), run(stop=7).state()
     assert {"head.weight", "head.bias"} < half["model"].keys()

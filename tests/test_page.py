@@ -3,25 +3,10 @@ import re
 from itertools import pairwise
 
 import pytest
-from test_report import CFG, cut, judgments, run, three
+from rankings import CFG, cut, run
 
 from disranker import page as pages
 from disranker import pictures, report
-
-
-@pytest.fixture(scope="module")
-def qrels():
-    return judgments()
-
-
-@pytest.fixture(scope="module")
-def runs(qrels):
-    return three(qrels)
-
-
-@pytest.fixture(scope="module")
-def found(qrels, runs):
-    return report.evaluate(qrels, runs, CFG, 1, cut(qrels))
 
 
 def page(found, title="Report", **others):

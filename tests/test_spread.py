@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import doc, save_decoder
+from builders import doc, save_decoder, stepped
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -45,13 +45,7 @@ def fitted(cfg: Finetune, folder: Path, rank: int, ranks: int, stop: int | None 
     if ranks > 1:
         whole = cfg.sharding == "ddp"
         model = nn.parallel.DistributedDataParallel(model, **DDP) if whole else spread.shard(model, cfg, CPU)
-    run = fit.Fit(model, task, fit.steps(task, cfg, 3, rank, ranks), cfg, rank)
-    if state:
-        run.load(state)
-    for progress in run.steps():
-        if progress.step == stop:
-            break
-    return run
+    return stepped(fit.Fit(model, task, fit.steps(task, cfg, 3, rank, ranks), cfg, rank), state, stop)
 
 
 def worker(rank: int, port: int, folder: Path) -> None:

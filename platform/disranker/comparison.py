@@ -7,7 +7,7 @@ from typing import Any
 from disranker import metrics, page
 from disranker.metrics import METRICS, Array, Qrels, Run
 from disranker.recipe import Evaluate
-from disranker.report import NONE, SHOWN, Report, difference, number
+from disranker.report import NONE, SHOWN, Report, aligned, difference, number
 
 Settings = Mapping[str, Mapping[str, Any]]  # section -> setting -> value
 
@@ -75,8 +75,8 @@ def table(a: Side, b: Side) -> str:
         if row["metric"] in SHOWN
     ]
     settings = [["setting", "A", "B"], *map(list, _settings(a, b))]
-    said = [f"A: {a.name}", f"B: {b.name}", *notes(a, b), "", *_aligned(listed), ""]
-    return "\n".join(said + (_aligned(settings) if len(settings) > 1 else ["No setting differs."]))
+    said = [f"A: {a.name}", f"B: {b.name}", *notes(a, b), "", *aligned(listed), ""]
+    return "\n".join(said + (aligned(settings) if len(settings) > 1 else ["No setting differs."]))
 
 
 def html(a: Side, b: Side) -> str:
@@ -122,8 +122,3 @@ def _tone(row: Mapping[str, Any]) -> str:
     if row["low"] is not None and row["low"] > 0:
         return "up"
     return "down" if row["high"] is not None and row["high"] < 0 else ""
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -99,8 +99,7 @@ def _node(store: Store, name: str) -> Node:
 
 def _digest(store: Store, name: str) -> str | None:
     try:
-        with store.fs.open_input_stream(store.at(name, MANIFEST)) as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(store.read_bytes(name, MANIFEST)).hexdigest()
     except FileNotFoundError:
         return None
 

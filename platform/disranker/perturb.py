@@ -12,8 +12,7 @@ from typing import Any
 from disranker import metrics
 from disranker.metrics import Qrels, Run
 from disranker.recipe import Evaluate
-
-HEADLINE = "ndcg@10"
+from disranker.report import HEADLINE
 
 
 def perturbed(query: str, seed: int) -> dict[str, str]:

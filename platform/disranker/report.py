@@ -1,6 +1,5 @@
 """The evaluation: one JSON for machines, one table for people."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -61,19 +60,18 @@ def evaluate(
     }
 
 
-def read(content: str | bytes) -> Report:
-    """A report from the text of report.json."""
-    found: Report = json.loads(content)
-    return found
-
-
 def table(report: Report) -> str:
     """The runs as plain text, a line each, below 120 columns."""
     rows = [["run", *(metric.upper() for metric in SHOWN)]]
     for name, values in report["runs"].items():
         rows.append([name, *(f"{number(values[metric]['value'])} {bounds(values[metric])}" for metric in SHOWN)])
+    return "\n".join(aligned(rows))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, its columns as wide as their longest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def examples(

@@ -1,6 +1,7 @@
 """BM25 over the documents: first ranking, hard negatives, the baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import bm25s
 import numpy as np
@@ -16,6 +17,11 @@ class BM25:
         self._place = {doc_id: place for place, doc_id in enumerate(self.doc_ids)}
         self._index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
         self._index.index(_words(list(texts)), show_progress=False)
+
+    @classmethod
+    def of(cls, documents: Sequence[Mapping[str, str]]) -> Self:
+        """An index of titles and summaries."""
+        return cls([row["doc_id"] for row in documents], [f"{row['title']} {row['summary']}" for row in documents])
 
     def top(self, query: str, k: int) -> list[str]:
         """The k best documents that share a word with the query, best first, equals in the order of their ids."""

@@ -148,11 +148,16 @@ class Store:
         with self.fs.open_input_file(path) as file:
             return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields)).read_all()
 
+    def read_bytes(self, *names: str) -> bytes:
+        """One file as it is. Raises `FileNotFoundError` where there is none."""
+        with self.fs.open_input_stream(self.at(*names)) as file:
+            content: bytes = file.read()
+            return content
+
     def read_json(self, *names: str) -> dict[str, Any]:
         """Raises `FileNotFoundError` where there is none."""
-        with self.fs.open_input_stream(self.at(*names)) as file:
-            found: dict[str, Any] = json.loads(file.read())
-            return found
+        found: dict[str, Any] = json.loads(self.read_bytes(*names))
+        return found
 
     def put_text(self, text: str, *names: str) -> None:
         self._put(self.at(*names), lambda out: out.write(text.encode()))
