@@ -12,7 +12,7 @@ from typing import Any
 from bench import runs
 
 SMALLER_IS_BETTER = {"s", "MiB"}
-LEAST = 1e-3  # a measured 0 counts as this much, so that every ratio is a number
+LEAST = 1e-3  # in a ratio a measured 0 counts as this much, so that every ratio is a number
 
 Line = dict[str, Any]
 
@@ -21,15 +21,20 @@ def against(
     claim: str, ours: Sequence[float], peer: Sequence[float], unit: str, bar: float | None, **more: Any
 ) -> Line:
     """Medians of both, and their ratio turned so that larger is better; `more` is added as it is."""
-    mine, theirs = (max(statistics.median(measured), LEAST) for measured in (ours, peer))
-    ratio = theirs / mine if unit in SMALLER_IS_BETTER else mine / theirs
+    mine, theirs = statistics.median(ours), statistics.median(peer)
+    ratio = _over(theirs, mine) if unit in SMALLER_IS_BETTER else _over(mine, theirs)
     line = {"claim": claim, "ours": shown(mine), "peer": shown(theirs), "ratio": shown(ratio)}
     return line | {"unit": unit, "bar": bar, "runs": len(ours)} | more
 
 
 def within(claim: str, ours: Sequence[float], limit: float, unit: str, **more: Any) -> Line:
     """A claim without a peer: `ratio` is the limit over what was measured, so its bar is 1."""
-    return against(claim, ours, [limit], unit, 1.0, **more) | {"peer": None, "limit": limit}
+    ratio = shown(_over(limit, statistics.median(ours)))
+    return against(claim, ours, [limit], unit, 1.0, **more) | {"peer": None, "limit": limit, "ratio": ratio}
+
+
+def _over(one: float, other: float) -> float:
+    return max(one, LEAST) / max(other, LEAST)
 
 
 def emit(line: Line, out: str | Path | None = None) -> None:

@@ -99,7 +99,11 @@ def test_16_seconds_within_20_hold_and_1280_mib_within_1024_do_not():
 
 def test_nothing_measured_is_still_a_number():
     line = claims.within("a", [0], 1024, "MiB")
-    assert json.loads(json.dumps(line, allow_nan=False))["ratio"] == 1_024_000
+    assert json.loads(json.dumps(line, allow_nan=False))["ratio"] == 1_024_000 and line["ours"] == 0
+
+
+def test_what_is_held_to_a_limit_may_not_be_larger_whatever_its_unit():
+    assert claims.within("a", [0.6], 0.5, "thousandths off")["ratio"] < 1 < claims.within("a", [0.4], 0.5, "x")["ratio"]
 
 
 def test_a_line_is_printed_and_added_to_the_file(tmp_path, capsys):
