@@ -71,12 +71,16 @@ class Plan:
             "validations": 1,
             "checkpoint_every_steps": 1_000_000,
         }
+        model = {"base": str(base.absolute()), "max_tokens": self.max_tokens, **LIMITS}
+        margins = {name: value for name, value in finetune.items() if name != "labels"} | {"alpha": 0.0}
         return {
             "root": str(folder.absolute() / "run"),
             "seed": self.seed,
             "ingest": {"parts": 1},
-            "teacher": {"base": str(base.absolute()), "max_tokens": self.max_tokens, **LIMITS},
+            "teacher": model,
+            "student": {**model, "layers": self.size.layers},
             "finetune": finetune,
+            "distill": margins,
         }
 
     @functools.cache  # noqa: B019
@@ -106,18 +110,29 @@ SMALL = {
 
 def finetune(plan: Plan, base: Path | None) -> Iterator[Line]:
     """The loop of the stage against CrossEncoderTrainer: same model, lists, loss, precision, tokens; by turns."""
-    at_once = pairs_at_once(plan, base)
+    several = (plan.documents // 2, plan.documents, 2 * plan.documents, plan.sample_lists * plan.documents)
+    yield _against(plan, base, "finetune", "ranknet", several)
+
+
+def distill(plan: Plan, base: Path | None) -> Iterator[Line]:
+    """As `finetune`, with Margin-MSE; the teacher's scores are the grades, and nobody drops anything out."""
+    yield _against(plan, base, "distill", "margin-mse", (1, 2, 4, plan.sample_lists))
+
+
+def _against(plan: Plan, base: Path | None, stage: str, theirs: str, several: Sequence[int]) -> Line:
+    at_once = fastest(plan, base, stage, theirs, several)
     ours, peer = [], []
     for _ in range(plan.runs):
-        ours.append(_ours(plan, base, plan.lists))
-        peer.append(_peer(plan, base, plan.lists, steps=ours[-1]["steps"], at_once=at_once))
+        ours.append(_ours(plan, base, plan.lists, stage))
+        peer.append(_peer(plan, base, plan.lists, theirs, steps=ours[-1]["steps"], at_once=at_once))
     tokens = {said["tokens"] for said in ours + peer}
     if len(tokens) > 1:
         raise runs.Broken(f"the trainings saw different texts: {sorted(tokens)} tokens")
-    more = {"pairs": ours[0]["pairs"], "tokens": tokens.pop(), "peer_pairs_at_once": at_once}
+    more = {"pairs": ours[0]["pairs"], "tokens": tokens.pop(), "peer_at_once": at_once}
     for name in ("steps", "padding", "loss"):
         more |= {name: claims.shown(ours[0][name]), f"peer_{name}": claims.shown(peer[0][name])}
-    yield claims.against("train: finetune vs CrossEncoderTrainer", _rates(ours), _rates(peer), "pairs/s", 1.5, **more)
+    claim = f"train: {stage} vs CrossEncoderTrainer, {theirs}"
+    return claims.against(claim, _rates(ours), _rates(peer), "pairs/s", 1.5, **more)
 
 
 def parts(plan: Plan, base: Path | None) -> Iterator[Line]:
@@ -127,7 +142,7 @@ def parts(plan: Plan, base: Path | None) -> Iterator[Line]:
     said: dict[str, list[dict[str, Any]]] = {name: [] for name in ("as it is", *others)}
     for _ in range(plan.runs):
         for name, measured in said.items():
-            measured.append(_ours(plan, base, plan.sample_lists, *others.get(name, ())))
+            measured.append(_ours(plan, base, plan.sample_lists, "finetune", *others.get(name, ())))
     whole = said.pop("as it is")
     for name, measured in said.items():
         more = {key: claims.shown(each[0]["padding"]) for key, each in (("padding", whole), ("peer_padding", measured))}
@@ -163,6 +178,7 @@ def utilisation(plan: Plan, base: Path | None) -> Iterator[Line]:
 
 CLAIMS: dict[str, Callable[[Plan, Path | None], Iterator[Line]]] = {
     "finetune": finetune,
+    "distill": distill,
     "parts": parts,
     "workers": workers,
     "mfu": utilisation,
@@ -198,25 +214,21 @@ def _list(query: str, rows: list[dict[str, Any]], texts: dict[str, dict[str, str
     return {"query": query, "split": "train", "band": "head", "docs": docs}
 
 
-@functools.cache
-def pairs_at_once(plan: Plan, base: Path | None) -> int:
-    """How many pairs the peer is best given to the model together: half a list, one list, two, or a whole step."""
-    steps = _ours(plan, base, plan.sample_lists)["steps"]
-    rates = {
-        count: _peer(plan, base, plan.sample_lists, steps=steps, at_once=count)["rate"]
-        for count in (plan.documents // 2, plan.documents, 2 * plan.documents, plan.sample_lists * plan.documents)
-    }
+def fastest(plan: Plan, base: Path | None, stage: str, theirs: str, several: Sequence[int]) -> int:
+    """How many pairs or lists of these the peer is best given to the model together."""
+    steps = _ours(plan, base, plan.sample_lists, stage)["steps"]
+    rates = {count: _peer(plan, base, plan.sample_lists, theirs, steps, count)["rate"] for count in several}
     return max(rates, key=lambda count: rates[count])
 
 
-def _ours(plan: Plan, base: Path | None, lists: int, *options: Any) -> dict[str, Any]:
-    return runs.measured("bench.trainers", "ours", "--recipe", plan.recipe(base, lists), *options)
+def _ours(plan: Plan, base: Path | None, lists: int, stage: str, *options: Any) -> dict[str, Any]:
+    return runs.measured("bench.trainers", stage, "--recipe", plan.recipe(base, lists), *options)
 
 
-def _peer(plan: Plan, base: Path | None, lists: int, steps: int, at_once: int) -> dict[str, Any]:
+def _peer(plan: Plan, base: Path | None, lists: int, theirs: str, steps: int, at_once: int) -> dict[str, Any]:
     """With as many lists to a step as ours has on average, no more steps than ours."""
-    sizes = ["--lists-per-step", math.ceil(lists / steps), "--pairs-at-once", at_once]
-    return runs.measured("bench.trainers", "sentence-transformers", "--recipe", plan.recipe(base, lists), *sizes)
+    sizes = ["--lists-per-step", math.ceil(lists / steps), "--at-once", at_once]
+    return runs.measured("bench.trainers", theirs, "--recipe", plan.recipe(base, lists), *sizes)
 
 
 def _trained(plan: Plan, base: Path | None, count: int) -> Path:

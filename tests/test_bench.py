@@ -522,16 +522,28 @@ def test_lists_to_train_on_go_from_lowest_to_highest_grade_and_vary_in_length_as
 
 
 def test_both_trainers_see_the_same_tokens_and_start_from_the_same_loss(tiny_lists):
-    mine = trainers.ours(tiny_lists)
-    theirs = trainers.sentence_transformers(tiny_lists, lists_per_step=3, pairs_at_once=4)
+    mine = trainers.finetuned(tiny_lists)
+    theirs = trainers.ranknet(tiny_lists, lists_per_step=3, pairs_at_once=4)
     assert mine["pairs"] == theirs["pairs"] == 24
     assert mine["tokens"] == theirs["tokens"] > 24 * 10
     assert theirs["steps"] == 2
     assert mine["loss"] == pytest.approx(theirs["loss"], abs=0.01) == pytest.approx(np.log(2), abs=0.01)
 
 
+def test_both_distil_the_same_tokens_into_students_that_begin_without_any_margin(tiny_lists):
+    mine, theirs = trainers.distilled(tiny_lists), trainers.margin_mse(tiny_lists, lists_per_step=6, lists_at_once=3)
+    assert mine["pairs"] == theirs["pairs"] == 24
+    assert mine["tokens"] == theirs["tokens"] > 24 * 10
+    assert theirs["steps"] == 1
+    given = np.array(trainers.grades(trainers.lists(tiny_lists)))
+    margins = given[:, :, None] - given[:, None, :]
+    every = (margins**2).sum((1, 2)) / (4 * 3)
+    assert mine["loss"] == pytest.approx(every.mean(), rel=0.05)
+    assert theirs["loss"] == pytest.approx((margins[:, 0, 1:] ** 2).mean(), rel=0.05)
+
+
 def test_what_is_turned_off_changes_the_batches_and_not_what_is_learned(tiny_lists):
-    whole, off = trainers.ours(tiny_lists), trainers.ours(tiny_lists, trainers.TURNED_OFF)
+    whole, off = trainers.finetuned(tiny_lists), trainers.finetuned(tiny_lists, trainers.TURNED_OFF)
     assert (whole["tokens"], whole["steps"]) == (off["tokens"], off["steps"])
     assert whole["loss"] == pytest.approx(off["loss"], abs=0.01)
     assert whole["padding"] < off["padding"]
