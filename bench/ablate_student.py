@@ -1,16 +1,20 @@
-"""What helps the student on the embedded world: which loss, which pairs, how many layers, which candidates.
+"""What helps the student: which loss, which pairs, how many layers, which candidates.
 
     python -m bench.ablate_student --folder runs/students               results.json, results.md, differences.svg
     python -m bench.ablate_student --folder runs/students --only sweep  what SETTINGS were chosen from
+    python -m bench.ablate_student --folder runs/esci --data DATA --model MODEL --seeds 3
 
-One teacher labels the lists once; all students are measured on the same test queries, and beside it and BM25. A seed
-decides first weights and order.
+The first is of the embedded world; the last of products with grades and a log, as `bench.esci_teacher` takes them, and
+of a pretrained BERT: the teacher is that of its arm with the log, and nothing was tuned. One teacher labels the lists
+once; all students are measured on the same test queries, and beside it and BM25. A seed decides first weights, where
+they are random, and order.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import ablate_teacher, arms, claims
+from bench import ablate_teacher, arms, claims, esci_teacher
 from bench.arms import CORES, Comparison, Job
 from bench.claims import Line
 from disranker.metrics import METRICS, Array
@@ -41,9 +45,10 @@ LOSSES: dict[str, Settings] = {
     "ranknet": {"loss": "ranknet"},
     "kl": {"loss": "kl"},
     "hard labels": {"loss": "ranknet", "targets": "grades_then_evidence"},
+    "grades alone": {"loss": "ranknet", "targets": "grades"},
 }
 PAIRS: dict[str, Settings] = {f"hybrid, {pairs}": {"pairs": pairs} for pairs in ("neighbours", "gaps", "sampled")}
-LAYERS = (3, 6)  # beside the 2 of the recipe
+LAYERS: dict[str, Settings] = {f"hybrid, {layers} layers": {"layers": layers} for layers in (3, 6)}  # the recipe has 2
 SOURCES = {"graded alone": ("judged",), "without random": ("judged", "shown", "bm25")}  # of the documents of a list
 
 
@@ -51,7 +56,7 @@ SOURCES = {"graded alone": ("judged",), "without random": ("judged", "shown", "b
 class Arm:
     name: str
     settings: Settings = field(default_factory=dict, compare=False)
-    layers: int = 2
+    student: Settings = field(default_factory=dict, compare=False)
     sources: tuple[str, ...] = ()  # none: all
 
 
@@ -65,11 +70,13 @@ class Plan:
     sweep_seed: int = 100  # none of those that are measured
     recipe: Mapping[str, Any] = field(default_factory=lambda: ablate_teacher.RECIPE)
     losses: tuple[str, ...] = tuple(LOSSES)
+    layers: Mapping[str, Settings] = field(default_factory=lambda: LAYERS)
+    settings: Mapping[str, Settings] = field(default_factory=lambda: SETTINGS)
 
     def arms(self) -> list[Arm]:
         chosen = [Arm(name, LOSSES[name]) for name in self.losses]
         chosen += [Arm(name, settings) for name, settings in PAIRS.items()]
-        chosen += [Arm(f"hybrid, {layers} layers", layers=layers) for layers in LAYERS]
+        chosen += [Arm(name, student=student) for name, student in self.layers.items()]
         return chosen + [Arm(f"hybrid, {name}", sources=sources) for name, sources in SOURCES.items()]
 
     def pairs(self) -> list[tuple[str, str, str]]:
@@ -96,13 +103,15 @@ def ablation(plan: Plan) -> Iterator[Line]:
     """All arms under all seeds; writes the files that show them."""
     began = time.monotonic()
     recipe = arms.lists(plan.folder, plan.recipe, until="score", artefact="labels")
-    trials = [(arm, SETTINGS.get(arm.name, {}), seed) for arm, seed in product(plan.arms(), range(1, plan.seeds + 1))]
+    trials = [
+        (arm, plan.settings.get(arm.name, {}), seed) for arm, seed in product(plan.arms(), range(1, plan.seeds + 1))
+    ]
     found = arms.found(jobs(plan, recipe, trials))
     every = np.array([one["tally"] for one in found]).reshape(len(plan.arms()), plan.seeds, -1, len(METRICS), 2)
     tallies = {arm.name: tally for arm, tally in zip(plan.arms(), every, strict=True)} | fixed(recipe, plan.seeds)
     rows = arms.compared([Comparison(name, tallies[a], tallies[b]) for name, a, b in plan.pairs()], recipe)
     facts = {"cores": CORES, "seconds": round(time.monotonic() - began), "test_queries": every.shape[2]}
-    facts |= {"settings": {arm.name: dict(arm.settings) | dict(SETTINGS.get(arm.name, {})) for arm in plan.arms()}}
+    facts |= {"settings": {arm.name: dict(arm.settings) | dict(plan.settings.get(arm.name, {})) for arm in plan.arms()}}
     arms.show(plan.folder, [arms.summary(name, tally) for name, tally in tallies.items()], rows, facts)
     yield from arms.lines(rows, "student")
 
@@ -124,7 +133,7 @@ def jobs(plan: Plan, recipe: Recipe, trials: Sequence[tuple[Arm, Settings, int]]
     made = []
     for arm, chosen, seed in trials:
         mine = arms.seeded(recipe, seed, "distill", **{**arm.settings, **chosen})
-        mine = mine.model_copy(update={"student": mine.student.model_copy(update={"layers": arm.layers})})
+        mine = mine.model_copy(update={"student": mine.student.model_copy(update=dict(arm.student))})
         start = started(mine, folder)
         made.append(Job(arm.name, mine, start, folder, split, "distill", partial(task, sources=arm.sources)))
     return made
@@ -164,10 +173,27 @@ def fixed(recipe: Recipe, seeds: int) -> dict[str, Array]:
     return {name: np.stack([tally] * seeds) for name, tally in found.items()}
 
 
+def esci(data: Path, model: Path) -> dict[str, Any]:
+    """Of a plan, what differs on products with grades and a log and with a pretrained BERT of six layers."""
+    taught = esci_teacher.content(data, model, esci_teacher.ARMS[-1], data / "judgments.parquet")
+    student = {**taught["teacher"], "layers": 3, "take": "every_second"}
+    recipe = taught | {"student": student, "distill": {**esci_teacher.TRAINING, "epochs": 2, "lr": 1e-4}}
+    layers = {"hybrid, 2 layers": {"layers": 2}, "hybrid, 6 layers": {"layers": 6, "take": "first"}}
+    return {"recipe": recipe, "layers": layers, "settings": {}}
+
+
 def main(argv: list[str] | None = None) -> int:
-    measurements = {"ablation": ablation, "sweep": sweep}
+    parser = argparse.ArgumentParser(add_help=False)
+    for name in ("--data", "--model"):
+        parser.add_argument(name, type=Path)
+    given, others = parser.parse_known_args(argv)
+    shop = esci(given.data, given.model) if given.data and given.model else {}
+    measurements = {
+        name: lambda plan, measure=measure: measure(replace(plan, **shop))
+        for name, measure in (("ablation", ablation), ("sweep", sweep))
+    }
     return claims.command(
-        "bench.ablate_student", Plan, measurements, SMALL, argv, __doc__ or "", ("sweep",), keeps=True
+        "bench.ablate_student", Plan, measurements, SMALL, others, __doc__ or "", ("sweep",), keeps=True
     )
 
 

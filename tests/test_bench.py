@@ -488,10 +488,10 @@ def test_an_ablation_trains_each_arm_once_under_each_seed(tiny_run, tmp_path, ca
 def test_students_are_compared_with_each_other_their_teacher_and_bm25(tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(arms, "lists", lambda *given, **_: recipes.parse(given[1] | {"root": str(tiny_run.path)}))
     monkeypatch.setattr(ablate_student, "PAIRS", {"hybrid, gaps": {"pairs": "gaps"}})
-    monkeypatch.setattr(ablate_student, "LAYERS", (1,))
+    monkeypatch.setattr(ablate_student, "LAYERS", {"hybrid, 1 layer": {"layers": 1}})
     assert ablate_student.main(["--small", "--seeds", "1", "--folder", str(tmp_path)]) == 0
     said = {json.loads(line)["claim"] for line in capsys.readouterr().out.splitlines()}
-    compared = {"hybrid - kl", "hybrid - hard labels", "hybrid, gaps - hybrid", "hybrid, 1 layers - hybrid"}
+    compared = {"hybrid - kl", "hybrid - hard labels", "hybrid, gaps - hybrid", "hybrid, 1 layer - hybrid"}
     compared |= {"hybrid, graded alone - hybrid", "hybrid, without random - hybrid"}
     compared |= {"hybrid - teacher", "hybrid - BM25"}
     assert said == {f"student: {name.replace(' - ', f' {MINUS} ')}" for name in compared}

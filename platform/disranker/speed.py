@@ -59,14 +59,23 @@ def measure(
     take turns within a round, so that what else the machine does meets all of them.
     """
     cores = cores or len(os.sched_getaffinity(0))
-    pairs = sum(len(prompts) for prompts in lists)
     speeds: Measured = {name: {"threads": [], "pairs_per_s": []} for name in names}
     with _threads_restored():
         for threads in sorted({1, cores}):
-            for name, times in _times(folder, names, lists, rounds, threads).items():
+            made: dict[str, Engine] = {name: Engine(folder, threads, engine=name) for name in names}
+            for name, rate in rates(made, lists, rounds).items():
                 speeds[name]["threads"].append(threads)
-                speeds[name]["pairs_per_s"].append(round(pairs / statistics.median(times), 1))
+                speeds[name]["pairs_per_s"].append(round(rate, 1))
     return speeds
+
+
+def rates(made: Mapping[str, Engine], lists: Sequence[Sequence[Prompt]], rounds: int) -> dict[str, float]:
+    """Pairs a second of each engine, as `measure` has it."""
+    for engine in made.values():
+        _seconds(engine, lists)  # the first time, graphs are planned for each length
+    turns = [{name: _seconds(engine, lists) for name, engine in made.items()} for _ in range(rounds)]
+    pairs = sum(len(prompts) for prompts in lists)
+    return {name: pairs / statistics.median(turn[name] for turn in turns) for name in made}
 
 
 def choose(speeds: Mapping[str, Mapping[str, Any]]) -> Name:
@@ -84,17 +93,6 @@ def spread(groups: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, 
     """At most so many of them, evenly over all."""
     step = max(1, -(-len(groups) // most))
     return list(islice(groups, 0, None, step))
-
-
-def _times(
-    folder: str, names: Sequence[Name], lists: Sequence[Sequence[Prompt]], rounds: int, threads: int
-) -> dict[Name, list[float]]:
-    """Seconds of each round."""
-    made = {name: Engine(folder, threads, engine=name) for name in names}
-    for engine in made.values():
-        _seconds(engine, lists)  # the first time, graphs are planned for each length
-    turns = [{name: _seconds(engine, lists) for name, engine in made.items()} for _ in range(rounds)]
-    return {name: [turn[name] for turn in turns] for name in names}
 
 
 def _seconds(engine: Engine, lists: Sequence[Sequence[Prompt]]) -> float:

@@ -1,0 +1,201 @@
+"""How fast a student scores in each form, on lists of real length mix, as a share of what the cores can multiply.
+
+    python -m bench.engine --store runs/small                  the student of a finished run, on its test lists
+    python -m bench.engine --store runs/small --of teacher     its teacher, where that is a BERT
+
+One list at a time as a request brings them, tokenised before, all forms by turns in one process. Beside the engines of
+a bundle: torch in bfloat16, ONNX Runtime in 8 bits (dynamic), OpenVINO in bfloat16. A form that the CPU cannot compute
+in is named with its reason and not measured.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+
+from bench import claims, mfu, runs
+from bench.claims import Line
+from disranker import conversion, engines, speed
+from disranker.contract import Contract
+from disranker.engine import Engine
+from disranker.recipe import Publish
+from disranker.report import HEADLINE
+from disranker.store import Store
+
+BAR = 4.0  # times torch in float32, of the engine that a bundle would choose
+SIDE = 1024  # of the square matrices of which the peak is measured
+DYNAMIC = "model_int8.onnx"
+GATE = Publish()
+
+Form = Callable[[Path, Contract, int], engines.Forward]
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    store: Store
+    of: str  # the artefact with the model
+    lists: int
+    calibration: int
+    rounds: int
+    threads: int
+
+
+def measure(plan: Plan) -> Iterator[Line]:
+    """A line for each form against torch in float32, then one for the engine that a bundle would choose."""
+    tested = speed.spread(groups(plan.store, "test"), plan.lists)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export(plan, folder)
+        tokens = Engine(folder).tokens
+        made = {form: _engine(folder, form, plan.threads) for form in FORMS if form not in refused()}
+        lists = [tokens.listed(group["query"], group["docs"]) for group in tested]
+        rates = speed.rates(made, lists, plan.rounds)
+        scored = {form: speed.run(engine, tested) for form, engine in made.items()}
+        cost = flops(engines.bert(folder, tokens.contract), [len(ids) for prompts in lists for ids, _ in prompts])
+    qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in tested}
+    agreed = speed.agreement(qrels, scored)
+    peaks = {precision: peak(precision, plan.rounds) for precision in {PRECISION[form] for form in made}}
+    shared = {"threads": plan.threads, "lists": len(lists), "pairs": sum(map(len, lists))}
+    for form, rate in rates.items():
+        best = peaks[PRECISION[form]]
+        more = {"of_peak": claims.shown(rate * cost / best), "peak_gflops": claims.shown(best / 1e9)}
+        yield _line(f"engine: {form}", form, rates, agreed, None, **shared, **more)
+    for form, reason in refused().items():
+        yield {"claim": f"engine: {form}", "ours": None, "refused": reason}
+    chosen = speed.choose({form: {"pairs_per_s": [rates[form]]} for form in speed.CHOICE})
+    passes = passed(agreed[chosen], agreed["torch"])
+    yield _line("engine: chosen", chosen, rates, agreed, BAR, chosen=chosen, passes_gate=passes, **shared)
+
+
+def groups(store: Store, split: str) -> list[Group]:
+    """The lists of a split, graded documents alone."""
+    rows = store.read("groups", where=pc.field("split") == split).to_pylist()
+    found = [row | {"docs": [doc for doc in row["docs"] if doc["grade"] is not None]} for row in rows]
+    return [row for row in found if len(row["docs"]) > 1]
+
+
+def export(plan: Plan, folder: Path) -> None:
+    """The model and all its forms; 8 bits are calibrated with training lists."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    given = Path(plan.store.folder(plan.of))
+    for file in given.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    tokens = Engine(folder).tokens
+    trained = groups(plan.store, "train")[: plan.calibration]
+    conversion.export(folder, folder, [p for group in trained for p in tokens.listed(group["query"], group["docs"])])
+    quantize_dynamic(folder / engines.FILES["onnx"][0], folder / DYNAMIC, weight_type=QuantType.QInt8)
+
+
+def refused() -> dict[str, str]:
+    """form -> why this CPU is not asked for it."""
+    able = engines.openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return {} if "BF16" in able else {"openvino-bf16": f"OpenVINO says that this CPU has {', '.join(able)}"}
+
+
+def flops(model: torch.nn.Module, lengths: list[int]) -> float:
+    """Of the mean pair, forward: 2 for each real token and weight in a matrix product, and attention."""
+    config: Any = model.config
+    squares = sum(length * length for length in lengths)
+    whole = mfu.flops(
+        mfu.weights(model), config.num_hidden_layers, config.hidden_size, sum(lengths), squares, causal=False
+    )
+    return whole / 3 / len(lengths)
+
+
+def peak(precision: str, rounds: int) -> float:
+    """Multiplications and additions a second of square matrices, by torch with its threads."""
+    one, other = (torch.randn(SIDE, SIDE) for _ in range(2))
+    if precision == "int8":
+        a, b = (matrix.mul(30).to(torch.int8) for matrix in (one, other))
+        multiply: Callable[[], Any] = lambda: torch._int_mm(a, b)  # noqa: E731
+    else:
+        a, b = (matrix.to(getattr(torch, precision)) for matrix in (one, other))
+        multiply = lambda: a @ b  # noqa: E731
+    times = [_seconds(multiply) for _ in range(max(5, 10 * rounds))]
+    return 2 * SIDE**3 / statistics.median(times)
+
+
+def passed(found: Mapping[str, Any], exact: Mapping[str, Any]) -> bool:
+    """Whether the gate would let it pass beside torch in float32."""
+    near = found.get("kendall_tau", 1.0) >= GATE.min_int8_tau
+    return bool(near and found[HEADLINE] >= exact[HEADLINE] * (1 - GATE.max_int8_loss))
+
+
+def _engine(folder: Path, form: str, threads: int) -> Engine:
+    engine = Engine(folder, threads)
+    engine._forward = FORMS[form](folder, engine.tokens.contract, threads)
+    return engine
+
+
+def _torch_bfloat16(folder: Path, agreed: Contract, threads: int) -> engines.Forward:
+    forward = engines.Torch(folder, agreed, threads)
+    forward.model.bfloat16()
+    return forward
+
+
+def _openvino_bfloat16(folder: Path, _: Contract, threads: int) -> engines.Forward:
+    return engines.OpenVINO(folder / engines.FILES["openvino"][0], threads, "bf16")
+
+
+def _bundled(name: engines.Name) -> Form:
+    return lambda folder, agreed, threads: engines.load(folder, name, agreed, threads)
+
+
+FORMS: dict[str, Form] = {
+    "torch": _bundled("torch"),
+    "torch-bf16": _torch_bfloat16,
+    "onnx": _bundled("onnx"),
+    "onnx-int8": lambda folder, _, threads: engines.Onnx(folder / DYNAMIC, threads),
+    "openvino": _bundled("openvino"),
+    "openvino-bf16": _openvino_bfloat16,
+    "openvino-int8": _bundled("openvino-int8"),
+}
+PRECISION = {
+    form: "int8" if "int8" in form else "bfloat16" if "bf16" in form else "float32" for form in FORMS
+}  # of its matrices
+
+
+def _line(
+    claim: str, form: str, rates: Mapping[str, float], agreed: speed.Measured, bar: float | None, **more: Any
+) -> Line:
+    near = {name: claims.shown(value) for name, value in agreed[form].items()}
+    return claims.against(claim, [rates[form]], [rates["torch"]], "pairs/s", bar, **near, **more)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.engine", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--store", required=True, help="root of a run with groups and the model")
+    parser.add_argument("--of", default="student", choices=("student", "teacher"), help="default student")
+    parser.add_argument("--lists", type=int, default=60, help="of the test split; default 60")
+    parser.add_argument("--calibration", type=int, default=100, help="training lists; default 100")
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    parser.add_argument("--out", type=Path, help="a file to add the lines to")
+    given = parser.parse_args(argv)
+    runs.end_on_sigterm()
+    torch.set_num_threads(given.threads)
+    plan = Plan(Store(given.store), given.of, given.lists, given.calibration, given.rounds, given.threads)
+    for line in measure(plan):
+        claims.emit(line, given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
