@@ -74,7 +74,7 @@ def _int8(graph: Any, model: nn.Module, prompts: Sequence[Prompt], pad: int) -> 
     """The graph with weights and activations of its matrices in 8 bits (NNCF: static, after training)."""
     import nncf  # after engines.openvino(), which keeps it from reporting
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own setter silences the handlers of others as well
     batches = [
         Rows.padded([prompts[row] for row in rows], pad)
         for rows in cut([len(ids) for ids, _ in prompts], TOKENS_PER_SAMPLE)
