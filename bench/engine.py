@@ -1,7 +1,8 @@
 """How fast a student scores in each form, on lists of real length mix, as a share of what the cores can multiply.
 
-    python -m bench.engine --store runs/small                  the student of a finished run, on its test lists
-    python -m bench.engine --store runs/small --of teacher     its teacher, where that is a BERT
+    python -m bench.engine                                  random weights in the size of MiniLM-L6, made-up lists
+    python -m bench.engine --store runs/esci                the student of a finished run, on its test lists
+    python -m bench.engine --store runs/esci --of teacher   its teacher, where that is a BERT
 
 One list at a time as a request brings them, tokenised before, all forms by turns in one process. Beside the engines of
 a bundle: torch in bfloat16, ONNX Runtime in 8 bits (dynamic), OpenVINO in bfloat16. A form that the CPU cannot compute
@@ -9,6 +10,7 @@ in is named with its reason and not measured.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -16,26 +18,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
-import torch
 
-from bench import claims, mfu, runs
+from bench import claims, mfu, runs, train
 from bench.claims import Line
-from disranker import conversion, engines, speed
-from disranker.contract import Contract
-from disranker.engine import Engine
+from disranker import recipe as recipes
 from disranker.recipe import Publish
 from disranker.report import HEADLINE
 from disranker.store import Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from disranker.contract import Contract
+    from disranker.engine import Engine
+    from disranker.engines import Forward, Name
 
 BAR = 4.0  # times torch in float32, of the engine that a bundle would choose
 SIDE = 1024  # of the square matrices of which the peak is measured
 DYNAMIC = "model_int8.onnx"
 GATE = Publish()
 
-Form = Callable[[Path, Contract, int], engines.Forward]
+Form = Callable[[Path, "Contract", int], "Forward"]
 Group = Mapping[str, Any]
 
 
@@ -51,6 +57,9 @@ class Plan:
 
 def measure(plan: Plan) -> Iterator[Line]:
     """A line for each form against torch in float32, then one for the engine that a bundle would choose."""
+    from disranker import engines, speed
+    from disranker.engine import Engine
+
     tested = speed.spread(groups(plan.store, "test"), plan.lists)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,6 +85,22 @@ def measure(plan: Plan) -> Iterator[Line]:
     yield _line("engine: chosen", chosen, rates, agreed, BAR, chosen=chosen, passes_gate=passes, **shared)
 
 
+def made_up(folder: Path, small: bool) -> Store:
+    """A store with lists of the made-up shop and a student of random weights, in the size of MiniLM-L6 or tiny."""
+    from disranker import student
+    from disranker.contract import Tokens
+
+    plan = train.Plan(folder, **(train.SMALL if small else {}))
+    recipe = recipes.load(plan.recipe(None, plan.lists))
+    store = Store(recipe.root)
+    rows = store.read("groups").to_pylist()
+    store.write("groups", 0, [row | {"split": ("test", "train")[place % 2]} for place, row in enumerate(rows)])
+    made = Path(store.at("student"))
+    student.shortened(recipe.student.base, made, recipe.student, recipe.seed)
+    Tokens.agree(made, "encoder", recipe.student).contract.save(made)
+    return store
+
+
 def groups(store: Store, split: str) -> list[Group]:
     """The lists of a split, graded documents alone."""
     rows = store.read("groups", where=pc.field("split") == split).to_pylist()
@@ -86,6 +111,9 @@ def groups(store: Store, split: str) -> list[Group]:
 def export(plan: Plan, folder: Path) -> None:
     """The model and all its forms; 8 bits are calibrated with training lists."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from disranker import conversion, engines
+    from disranker.engine import Engine
 
     given = Path(plan.store.folder(plan.of))
     for file in given.iterdir():
@@ -99,11 +127,13 @@ def export(plan: Plan, folder: Path) -> None:
 
 def refused() -> dict[str, str]:
     """form -> why this CPU is not asked for it."""
+    from disranker import engines
+
     able = engines.openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {} if "BF16" in able else {"openvino-bf16": f"OpenVINO says that this CPU has {', '.join(able)}"}
 
 
-def flops(model: torch.nn.Module, lengths: list[int]) -> float:
+def flops(model: "torch.nn.Module", lengths: list[int]) -> float:
     """Of the mean pair, forward: 2 for each real token and weight in a matrix product, and attention."""
     config: Any = model.config
     squares = sum(length * length for length in lengths)
@@ -115,6 +145,8 @@ def flops(model: torch.nn.Module, lengths: list[int]) -> float:
 
 def peak(precision: str, rounds: int) -> float:
     """Multiplications and additions a second of square matrices, by torch with its threads."""
+    import torch
+
     one, other = (torch.randn(SIDE, SIDE) for _ in range(2))
     if precision == "int8":
         a, b = (matrix.mul(30).to(torch.int8) for matrix in (one, other))
@@ -132,31 +164,48 @@ def passed(found: Mapping[str, Any], exact: Mapping[str, Any]) -> bool:
     return bool(near and found[HEADLINE] >= exact[HEADLINE] * (1 - GATE.max_int8_loss))
 
 
-def _engine(folder: Path, form: str, threads: int) -> Engine:
+def _engine(folder: Path, form: str, threads: int) -> "Engine":
+    from disranker.engine import Engine
+
     engine = Engine(folder, threads)
     engine._forward = FORMS[form](folder, engine.tokens.contract, threads)
     return engine
 
 
-def _torch_bfloat16(folder: Path, agreed: Contract, threads: int) -> engines.Forward:
+def _torch_bfloat16(folder: Path, agreed: "Contract", threads: int) -> "Forward":
+    from disranker import engines
+
     forward = engines.Torch(folder, agreed, threads)
     forward.model.bfloat16()
     return forward
 
 
-def _openvino_bfloat16(folder: Path, _: Contract, threads: int) -> engines.Forward:
+def _onnx_int8(folder: Path, _: "Contract", threads: int) -> "Forward":
+    from disranker import engines
+
+    return engines.Onnx(folder / DYNAMIC, threads)
+
+
+def _openvino_bfloat16(folder: Path, _: "Contract", threads: int) -> "Forward":
+    from disranker import engines
+
     return engines.OpenVINO(folder / engines.FILES["openvino"][0], threads, "bf16")
 
 
-def _bundled(name: engines.Name) -> Form:
-    return lambda folder, agreed, threads: engines.load(folder, name, agreed, threads)
+def _bundled(name: "Name") -> Form:
+    def load(folder: Path, agreed: "Contract", threads: int) -> "Forward":
+        from disranker import engines
+
+        return engines.load(folder, name, agreed, threads)
+
+    return load
 
 
 FORMS: dict[str, Form] = {
     "torch": _bundled("torch"),
     "torch-bf16": _torch_bfloat16,
     "onnx": _bundled("onnx"),
-    "onnx-int8": lambda folder, _, threads: engines.Onnx(folder / DYNAMIC, threads),
+    "onnx-int8": _onnx_int8,
     "openvino": _bundled("openvino"),
     "openvino-bf16": _openvino_bfloat16,
     "openvino-int8": _bundled("openvino-int8"),
@@ -167,7 +216,12 @@ PRECISION = {
 
 
 def _line(
-    claim: str, form: str, rates: Mapping[str, float], agreed: speed.Measured, bar: float | None, **more: Any
+    claim: str,
+    form: str,
+    rates: Mapping[str, float],
+    agreed: Mapping[str, Mapping[str, Any]],
+    bar: float | None,
+    **more: Any,
 ) -> Line:
     near = {name: claims.shown(value) for name, value in agreed[form].items()}
     return claims.against(claim, [rates[form]], [rates["torch"]], "pairs/s", bar, **near, **more)
@@ -181,19 +235,22 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.engine", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--store", required=True, help="root of a run with groups and the model")
+    parser.add_argument("--store", help="root of a run with groups and the model; default: made up")
     parser.add_argument("--of", default="student", choices=("student", "teacher"), help="default student")
+    parser.add_argument("--small", action="store_true", help="a tiny model, few lists: that it runs, not how fast")
     parser.add_argument("--lists", type=int, default=60, help="of the test split; default 60")
     parser.add_argument("--calibration", type=int, default=100, help="training lists; default 100")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--threads", type=int, default=2, help="default 2")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="default: one for each core")
     parser.add_argument("--out", type=Path, help="a file to add the lines to")
     given = parser.parse_args(argv)
     runs.end_on_sigterm()
-    torch.set_num_threads(given.threads)
-    plan = Plan(Store(given.store), given.of, given.lists, given.calibration, given.rounds, given.threads)
-    for line in measure(plan):
-        claims.emit(line, given.out)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        store = Store(given.store) if given.store else made_up(Path(folder), given.small)
+        rounds = 1 if given.small else given.rounds
+        plan = Plan(store, given.of, given.lists, given.calibration, rounds, given.threads)
+        for line in measure(plan):
+            claims.emit(line, given.out)
     return 0
 
 
