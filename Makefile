@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/python -m bench.exactly_once --small
 	$(BIN)/python -m bench.logs --small
 	$(BIN)/python -m bench.train --small
+	$(BIN)/python -m bench.engine --small
 	$(BIN)/python -m bench.ablate_teacher --small
 	$(BIN)/python -m bench.ablate_student --small
 	$(BIN)/python -m bench.killed_training --small

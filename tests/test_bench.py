@@ -23,6 +23,7 @@ from bench import (
     ablate_teacher,
     arms,
     claims,
+    engine,
     esci_teacher,
     exactly_once,
     logs,
@@ -33,7 +34,7 @@ from bench import (
     train,
     trainers,
 )
-from disranker import clicks, metrics, stages, student, tables, teacher, world
+from disranker import clicks, metrics, speed, stages, student, tables, teacher, world
 from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.inputs import World
@@ -502,6 +503,17 @@ def test_students_are_compared_with_each_other_their_teacher_and_bm25(tiny_run, 
         assert found == pytest.approx(report[run]["ndcg@10"]["value"], abs=1e-6)
 
 
+def test_on_products_students_take_3_layers_of_the_model_whose_teacher_learned_from_grades_and_log():
+    shop = ablate_student.esci(Path("data"), Path("model"))
+    plan = ablate_student.Plan(Path(), **shop)
+    recipe = recipes.parse(plan.recipe | {"root": "x"})
+    assert (recipe.student.layers, recipe.student.take) == (3, "every_second")
+    assert recipe.student.base == recipe.teacher.base == str(Path("model").absolute())
+    assert recipe.finetune.labels == "grades_then_evidence" and recipe.sample.ungraded.head > 0
+    layers = [dict(arm.student)["layers"] for arm in plan.arms() if arm.student]
+    assert layers == [2, 6] and not any(plan.settings.values())
+
+
 # Training
 
 
@@ -540,6 +552,40 @@ def test_both_distil_the_same_tokens_into_students_that_begin_without_any_margin
     every = (margins**2).sum((1, 2)) / (4 * 3)
     assert mine["loss"] == pytest.approx(every.mean(), rel=0.05)
     assert theirs["loss"] == pytest.approx((margins[:, 0, 1:] ** 2).mean(), rel=0.05)
+
+
+@pytest.mark.slow
+def test_each_form_of_a_student_is_measured_against_torch_or_refused_with_a_reason(capsys):
+    assert engine.main(["--small"]) == 0
+    said = {line["claim"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert said.keys() == {f"engine: {form}" for form in (*engine.FORMS, "chosen")}
+    measured = {form: line for form, line in said.items() if "refused" not in line}
+    assert said.keys() - measured.keys() <= {"engine: openvino-bf16"}
+    assert all(line["ours"] > 0 and line["pairs"] == 12 for line in measured.values())
+    exact = [said[f"engine: {form}"]["max_difference"] for form in ("onnx", "openvino")]
+    rounded = [line["max_difference"] for form, line in measured.items() if "int8" in form or "bf16" in form]
+    assert max(exact) < 1e-5 < min(rounded)
+    best = max(said[f"engine: {form}"]["ours"] for form in speed.CHOICE)
+    assert said["engine: chosen"]["ours"] == best and said["engine: chosen"]["bar"] == 4
+
+
+def test_the_gate_of_the_measurement_takes_half_a_percent_and_tau_of_98():
+    exact = {"ndcg@10": 0.8}
+    assert engine.passed(exact, exact) and engine.passed({"ndcg@10": 0.796, "kendall_tau": 0.98}, exact)
+    assert not engine.passed({"ndcg@10": 0.7959, "kendall_tau": 1.0}, exact)
+    assert not engine.passed({"ndcg@10": 0.8, "kendall_tau": 0.979}, exact)
+
+
+def test_flops_of_a_pair_are_those_that_torch_counts(tiny_lists):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens, model = trainers.start(tiny_lists)
+    model.set_attn_implementation("eager")  # the fused one on a CPU is not counted
+    ids = torch.full((2, 12), tokens.contract.pad)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    pooler = mfu.weights(model) - mfu.weights(model.bert.encoder)  # of one token, where we count all
+    assert 2 * engine.flops(model, [12, 12]) - counted.get_total_flops() == pytest.approx(2 * 2 * 11 * pooler, rel=0.01)
 
 
 def test_what_is_turned_off_changes_the_batches_and_not_what_is_learned(tiny_lists):
