@@ -25,6 +25,8 @@ import numpy as np
 from bench import ablate_teacher, arms, claims, esci_teacher
 from bench.arms import CORES, Comparison, Job
 from bench.claims import Line
+from disranker import recipe as recipes
+from disranker import stages
 from disranker.metrics import METRICS, Array
 from disranker.recipe import Recipe
 from disranker.report import HEADLINE, MINUS
@@ -48,6 +50,7 @@ LOSSES: dict[str, Settings] = {
     "grades alone": {"loss": "ranknet", "targets": "grades"},
 }
 PAIRS: dict[str, Settings] = {f"hybrid, {pairs}": {"pairs": pairs} for pairs in ("neighbours", "gaps", "sampled")}
+PAIRS |= {"hybrid, lexical head": {"lexical": 0.1}}
 LAYERS: dict[str, Settings] = {f"hybrid, {layers} layers": {"layers": layers} for layers in (3, 6)}  # the recipe has 2
 SOURCES = {"graded alone": ("judged",), "without random": ("judged", "shown", "bm25")}  # of the documents of a list
 
@@ -143,7 +146,8 @@ def started(recipe: Recipe, folder: Path) -> Path:
     """The student of a seed and a number of layers before it learned anything."""
     from jobs import distill
 
-    start = folder / f"student-{recipe.student.layers}-{recipe.seed}"
+    decides = [recipe.student.model_dump(), recipe.seed, stages.step(recipe, "distill").reads]
+    start = folder / f"student-{recipe.student.layers}-{recipe.seed}-{recipes.digest(decides)}"
     if not (start / arms.WHOLE).exists():
         start.mkdir(exist_ok=True)
         distill.start(recipe, Store(recipe.root), start)
@@ -167,15 +171,15 @@ def fixed(recipe: Recipe, seeds: int) -> dict[str, Array]:
     from jobs.score import Teacher
 
     store = Store(recipe.root)
-    judge = Teacher.of(recipe, store)
-    of: Any = lambda group: [score or 0.0 for score in judge.scores([group])[0]]  # noqa: E731
-    found = {"teacher": arms.tally(of, arms.listed(recipe, "test")), "BM25": arms.bm25(recipe)}
+    judge = Teacher.labelled(recipe, store)
+    taught = arms.tally(lambda group: judge.scores([group])[0], arms.listed(recipe, "test"))
+    found = {"teacher": taught, "BM25": arms.bm25(recipe)}
     return {name: np.stack([tally] * seeds) for name, tally in found.items()}
 
 
-def esci(data: Path, model: Path) -> dict[str, Any]:
+def esci(data: Path, model: Path, small: bool = False) -> dict[str, Any]:
     """Of a plan, what differs on products with grades and a log and with a pretrained BERT of six layers."""
-    taught = esci_teacher.content(data, model, esci_teacher.ARMS[-1], data / "judgments.parquet")
+    taught = esci_teacher.content(data, model, esci_teacher.ARMS[-1], data / "judgments.parquet", small)
     student = {**taught["teacher"], "layers": 3, "take": "every_second"}
     recipe = taught | {"student": student, "distill": {**esci_teacher.TRAINING, "epochs": 2, "lr": 1e-4}}
     layers = {"hybrid, 2 layers": {"layers": 2}, "hybrid, 6 layers": {"layers": 6, "take": "first"}}
@@ -184,16 +188,20 @@ def esci(data: Path, model: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    for name in ("--data", "--model"):
-        parser.add_argument(name, type=Path)
+    parser.add_argument("--data", type=Path, help="a folder with documents, judgments and a log; with --model")
+    parser.add_argument("--model", type=Path, help="a folder with a BERT")
     given, others = parser.parse_known_args(argv)
-    shop = esci(given.data, given.model) if given.data and given.model else {}
+    if bool(given.data) != bool(given.model):
+        parser.error("--data and --model go together")
+    shop = esci(given.data, given.model, "--small" in others) if given.data else {}
+    # Products have no validation queries to choose anything on.
+    asked_for = () if shop else ("sweep",)
     measurements = {
-        name: lambda plan, measure=measure: measure(replace(plan, **shop))
-        for name, measure in (("ablation", ablation), ("sweep", sweep))
+        measure.__name__: lambda plan, measure=measure: measure(replace(plan, **shop))
+        for measure in (ablation, *([sweep] if asked_for else []))
     }
     return claims.command(
-        "bench.ablate_student", Plan, measurements, SMALL, others, __doc__ or "", ("sweep",), keeps=True
+        "bench.ablate_student", Plan, measurements, SMALL, argv, __doc__ or "", asked_for, keeps=True, parents=[parser]
     )
 
 

@@ -150,11 +150,16 @@ def listed(recipe: Recipe, split: str) -> list[dict[str, Any]]:
     return sorted((group for group in graded if group["docs"]), key=lambda group: group["query"])
 
 
-def tally(scores: Callable[[dict[str, Any]], list[float]], groups: Sequence[dict[str, Any]]) -> Array:
-    """`metrics.tally` of a model that scores the documents of a group."""
+def tally(scores: Callable[[dict[str, Any]], list[float | None]], groups: Sequence[dict[str, Any]]) -> Array:
+    """`metrics.tally` of a model that scores the documents of a group; None: it has no score of one."""
     ids = {group["query"]: [doc["doc_id"] for doc in group["docs"]] for group in groups}
     qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
-    run = {group["query"]: dict(zip(ids[group["query"]], scores(group), strict=True)) for group in groups}
+    run = {
+        group["query"]: {
+            doc: score for doc, score in zip(ids[group["query"]], scores(group), strict=True) if score is not None
+        }
+        for group in groups
+    }
     return metrics.tally(qrels, run)
 
 
@@ -173,6 +178,7 @@ def _trained(
     began = time.process_time()
     from disranker import fit
     from disranker.contract import Tokens
+    from jobs import training
 
     module, cfg = importlib.import_module(f"jobs.{stage}"), getattr(recipe, stage)
     if stage == "distill":
@@ -180,7 +186,7 @@ def _trained(
     else:
         tokens = Tokens.agree(start, contract.form(recipe.teacher.base), recipe.teacher)
     learned = (task or module.task)(recipe, Store(recipe.root), tokens)
-    model = module.model(str(start), tokens, recipe.seed)
+    model, _ = training.model(stage, str(start), tokens, recipe.seed, cfg)
     run = fit.Fit(model, learned, fit.steps(learned, cfg, recipe.seed), cfg, recipe.seed * 1000)
     for _ in run.steps():
         pass

@@ -60,13 +60,14 @@ def command(
     about: str,
     asked_for: Sequence[str] = (),
     keeps: bool = False,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> int:
     """The command line of a module of measurements. What `asked_for` names is not done unless chosen.
 
     The numbers of `plan`, a dataclass with a `folder`, are options; `small` is laid over it. What is made up may be
-    kept for another run only where a module can go on from it.
+    kept for another run only where a module can go on from it. `parents` have options that the caller read before.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=about.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=about.splitlines()[0], parents=[*parents])
     parser.add_argument("--small", action="store_true", help="everything tiny: that it runs, not how fast")
     parser.add_argument("--only", help=f"of {','.join(measurements)}; default all but {','.join(asked_for) or 'none'}")
     parser.add_argument("--out", type=Path, help="a file to add the lines to")

@@ -26,7 +26,6 @@ from bench import claims, mfu, runs, train
 from bench.claims import Line
 from disranker import recipe as recipes
 from disranker.recipe import Publish
-from disranker.report import HEADLINE
 from disranker.store import Store
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 BAR = 4.0  # times torch in float32, of the engine that a bundle would choose
 SIDE = 1024  # of the square matrices of which the peak is measured
 DYNAMIC = "model_int8.onnx"
-GATE = Publish()
 
 Form = Callable[[Path, "Contract", int], "Forward"]
 Group = Mapping[str, Any]
@@ -57,7 +55,7 @@ class Plan:
 
 def measure(plan: Plan) -> Iterator[Line]:
     """A line for each form against torch in float32, then one for the engine that a bundle would choose."""
-    from disranker import engines, speed
+    from disranker import engines, gate, speed
     from disranker.engine import Engine
 
     tested = speed.spread(groups(plan.store, "test"), plan.lists)
@@ -81,7 +79,8 @@ def measure(plan: Plan) -> Iterator[Line]:
     for form, reason in refused().items():
         yield {"claim": f"engine: {form}", "ours": None, "refused": reason}
     chosen = speed.choose({form: {"pairs_per_s": [rates[form]]} for form in speed.CHOICE})
-    passes = passed(agreed[chosen], agreed["torch"])
+    bars = gate.engines({form: agreed[form] for form in {"torch", chosen}}, Publish())
+    passes = all(bar.passed for bar in bars)
     yield _line("engine: chosen", chosen, rates, agreed, BAR, chosen=chosen, passes_gate=passes, **shared)
 
 
@@ -158,12 +157,6 @@ def peak(precision: str, rounds: int) -> float:
     return 2 * SIDE**3 / statistics.median(times)
 
 
-def passed(found: Mapping[str, Any], exact: Mapping[str, Any]) -> bool:
-    """Whether the gate would let it pass beside torch in float32."""
-    near = found.get("kendall_tau", 1.0) >= GATE.min_int8_tau
-    return bool(near and found[HEADLINE] >= exact[HEADLINE] * (1 - GATE.max_int8_loss))
-
-
 def _engine(folder: Path, form: str, threads: int) -> "Engine":
     from disranker.engine import Engine
 
@@ -223,7 +216,7 @@ def _line(
     bar: float | None,
     **more: Any,
 ) -> Line:
-    near = {name: claims.shown(value) for name, value in agreed[form].items()}
+    near = {name: value and claims.shown(value) for name, value in agreed[form].items()}
     return claims.against(claim, [rates[form]], [rates["torch"]], "pairs/s", bar, **near, **more)
 
 

@@ -72,24 +72,21 @@ class Plan:
         )
 
     def content(self, arm: Arm, judgments: Path) -> dict[str, Any]:
-        whole = content(self.data, self.model, arm, judgments)
-        if not self.small:
-            return whole
-        few = {name: min(most, arm.sample[name]) for name, most in {"judged": 6, "shown": 3, "random": 1}.items()}
-        return whole | {"sample": whole["sample"] | few, "finetune": whole["finetune"] | {"epochs": 1}}
+        return content(self.data, self.model, arm, judgments, self.small)
 
 
-def content(data: Path, model: Path, arm: Arm, judgments: Path) -> dict[str, Any]:
-    """A recipe without its root."""
+def content(data: Path, model: Path, arm: Arm, judgments: Path, small: bool) -> dict[str, Any]:
+    """A recipe without its root; small: one epoch of short lists."""
+    few = {name: min(most, arm.sample[name]) for name, most in {"judged": 6, "shown": 3, "random": 1}.items()}
     files = {name: [str((data / f"ubi_{name}*").absolute())] for name in ("queries", "events")}
     files |= {"documents": [str((data / "documents.parquet").absolute())], "judgments": [str(judgments.absolute())]}
     return {
         "data": files,
         # The judgments say what is held out; with nothing to validate on, no click model could be chosen.
         "aggregate": {"test_share": 0.0, "validation_share": 0.0, "click_model": "pbm"},
-        "sample": dict(arm.sample),
+        "sample": {**arm.sample, **(few if small else {})},
         "teacher": {"base": str(model.absolute()), **TEXTS},
-        "finetune": {**TRAINING, **arm.finetune},
+        "finetune": {**TRAINING, **arm.finetune, **({"epochs": 1} if small else {})},
     }
 
 

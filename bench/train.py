@@ -257,11 +257,13 @@ def _rates(said: Sequence[dict[str, Any]]) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", type=Path)
-    given, others = parser.parse_known_args(argv)
+    parser.add_argument("--model", type=Path, help="a folder with a BERT; default: made up")
+    given, _ = parser.parse_known_args(argv)
     measurements = {name: functools.partial(measure, base=given.model) for name, measure in CLAIMS.items()}
     try:
-        return claims.command("bench.train", Plan, measurements, SMALL, others, __doc__ or "", ASKED_FOR)
+        return claims.command(
+            "bench.train", Plan, measurements, SMALL, argv, __doc__ or "", ASKED_FOR, parents=[parser]
+        )
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2

@@ -10,9 +10,9 @@ from torch import nn
 
 from disranker import student, teacher
 from disranker.contract import Tokens
-from disranker.recipe import Finetune, Recipe, Refused
+from disranker.recipe import Finetune, Recipe
 from disranker.stages import Step
-from disranker.store import MANIFEST, Store
+from disranker.store import Store
 from jobs import launch, parts, training
 from jobs.score import Group, Teacher
 
@@ -29,7 +29,10 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 
 def check(recipe: Recipe, store: Store) -> None:
     """Raises `Refused`, before any worker starts, where there is not what the student is to learn."""
-    judge = _judge(recipe, store) if recipe.distill.targets == "teacher" else None
+    judge = None
+    if recipe.distill.targets == "teacher":
+        judge, scores = Teacher.labelled(recipe, store), store.manifest("labels")["counts"]["scores"]
+        student.check_scale(scores["mean"], scores["deviation"])
 
     def count(part: int) -> dict[str, int]:
         groups = store.read("groups", part=part, where=pc.field("split") != "test").to_pylist()
@@ -40,18 +43,6 @@ def check(recipe: Recipe, store: Store) -> None:
 
     counts = parts.total(parts.each(recipe.ingest.parts, count, "distill: labels of parts looked up"))
     student.check_labels(counts, recipe.distill)
-
-
-def _judge(recipe: Recipe, store: Store) -> Teacher:
-    """The teacher. Raises `Refused` where the labels are those of another, or all the same."""
-    judge, made = Teacher.of(recipe, store), store.manifest("labels")["counts"]
-    if made["teacher"] != judge.name:
-        raise Refused(
-            f"distill: the labels are of teacher {made['teacher']}, but the weights, dtype and vLLM here are teacher "
-            f"{judge.name}; remove {store.at('labels', MANIFEST)} and run jobs.score"
-        )
-    student.check_scale(made["scores"]["mean"], made["scores"]["deviation"])
-    return judge
 
 
 def start(recipe: Recipe, store: Store, folder: Path) -> None:

@@ -31,7 +31,8 @@ Group = dict[str, Any]
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     groups = store.read("groups", where=TEST).to_pylist()
     qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
-    # Before the models: a bad file is known in a second.
+    # Before the models: a bad file, or labels of another teacher, are known in a second.
+    Teacher.labelled(recipe, store)
     files = stores.expand(recipe.evaluate.runs, "runs", "evaluate")
     outside = trec.outside(files, qrels, MODELS) if qrels else {}
     counts = parts.total(parts.each_by(recipe.ingest.parts, Judge, recipe, store))

@@ -22,7 +22,7 @@ from disranker.contract import Tokens
 from disranker.labels import PARTITIONS, Labels
 from disranker.recipe import Recipe, Refused, Score
 from disranker.stages import Step
-from disranker.store import Store
+from disranker.store import MANIFEST, Store
 from jobs import launch, parts, scorer
 from jobs.launch import SAY_EVERY_S, Failed, say
 
@@ -45,6 +45,17 @@ class Teacher:
         folder = store.folder("teacher")
         tokens = Tokens.load(folder)
         return cls(tokens, labels.about(folder, tokens.contract, recipe.score.dtype, engine_version()), store)
+
+    @classmethod
+    def labelled(cls, recipe: Recipe, store: Store) -> Self:
+        """The teacher that is there. Raises `Refused` where the labels are those of another."""
+        judge, made = cls.of(recipe, store), store.manifest("labels")["counts"]["teacher"]
+        if made != judge.name:
+            raise Refused(
+                f"the labels are of teacher {made}, but the weights, dtype and vLLM here are teacher {judge.name}; "
+                f"remove {store.at('labels', MANIFEST)} and run jobs.score"
+            )
+        return judge
 
     def keyed(self, group: Group) -> list[tuple[str, list[int], int]]:
         """(key, ids, how many ids belong to the query) of each document of one list."""

@@ -98,10 +98,10 @@ def train(settings: dict[str, Any]) -> None:
     start = store.folder(f"{settings['run']}/start")
     tokens = Tokens.load(start)
     task: Task = import_module(f"jobs.{stage}").task(recipe, store, tokens)
-    model, _ = _model(stage, start, tokens, recipe.seed, cfg)
+    started, _ = model(stage, start, tokens, recipe.seed, cfg)
     rank, ranks = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     planned = fit.steps(task, cfg, recipe.seed, rank, ranks)
-    run = fit.Fit(_spread(model, cfg), task, planned, cfg, recipe.seed * 1000 + rank, broadcast_from_rank_zero)
+    run = fit.Fit(_spread(started, cfg), task, planned, cfg, recipe.seed * 1000 + rank, broadcast_from_rank_zero)
     if (state := _restored(cfg, rank)) is not None:
         run.load(state)
         say(f"{stage}: rank {rank} goes on after step {run.done}")
@@ -116,7 +116,7 @@ def train(settings: dict[str, Any]) -> None:
     run.finish()
     weights = spread.whole(run.model, wanted=rank == 0)
     if rank == 0:
-        merged, adapters = _model(stage, start, tokens, recipe.seed, cfg)
+        merged, adapters = model(stage, start, tokens, recipe.seed, cfg)
         spread.put(merged, weights)
         if adapters:
             lora.merge(adapters)
@@ -144,12 +144,12 @@ def _lower(stage: str, cfg: Training) -> str:
     )
 
 
-def _model(stage: str, start: str, tokens: Tokens, seed: int, cfg: Training) -> tuple[nn.Module, Any]:
+def model(stage: str, start: str, tokens: Tokens, seed: int, cfg: Training) -> tuple[nn.Module, Any]:
     """The model that a stage starts from, and its adapters if the recipe asks for them."""
-    model = import_module(f"jobs.{stage}").model(start, tokens, seed)
+    started = import_module(f"jobs.{stage}").model(start, tokens, seed)
     if isinstance(cfg, Distill) and cfg.lexical:
-        model = lexical.Telling(model, seed)
-    return model, lora.adapt(model, cfg) if cfg.lora_rank else None
+        started = lexical.Telling(started, seed)
+    return started, lora.adapt(started, cfg) if cfg.lora_rank else None
 
 
 def _spread(model: nn.Module, cfg: Training) -> nn.Module:

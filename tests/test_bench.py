@@ -514,6 +514,12 @@ def test_on_products_students_take_3_layers_of_the_model_whose_teacher_learned_f
     assert layers == [2, 6] and not any(plan.settings.values())
 
 
+def test_data_without_a_model_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablate_student.main(["--data", "x"])
+    assert "--data and --model go together" in capsys.readouterr().err
+
+
 # Training
 
 
@@ -566,14 +572,9 @@ def test_each_form_of_a_student_is_measured_against_torch_or_refused_with_a_reas
     rounded = [line["max_difference"] for form, line in measured.items() if "int8" in form or "bf16" in form]
     assert max(exact) < 1e-5 < min(rounded)
     best = max(said[f"engine: {form}"]["ours"] for form in speed.CHOICE)
-    assert said["engine: chosen"]["ours"] == best and said["engine: chosen"]["bar"] == 4
-
-
-def test_the_gate_of_the_measurement_takes_half_a_percent_and_tau_of_98():
-    exact = {"ndcg@10": 0.8}
-    assert engine.passed(exact, exact) and engine.passed({"ndcg@10": 0.796, "kendall_tau": 0.98}, exact)
-    assert not engine.passed({"ndcg@10": 0.7959, "kendall_tau": 1.0}, exact)
-    assert not engine.passed({"ndcg@10": 0.8, "kendall_tau": 0.979}, exact)
+    chosen = said["engine: chosen"]
+    assert chosen["ours"] == best and chosen["bar"] == 4
+    assert chosen["passes_gate"] == (chosen["chosen"] != "openvino-int8" or chosen["kendall_tau"] >= 0.98)
 
 
 def test_flops_of_a_pair_are_those_that_torch_counts(tiny_lists):

@@ -138,6 +138,25 @@ def test_one_changed_byte_of_an_engine_or_a_page_is_refused(whole, tmp_path, nam
         Engine.from_bundle(other)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told["engines"]["torch"].update(pairs_per_s=[1.0]),
+        lambda told: told["gate"].update(passed=False),
+        lambda told: told["lineage"]["searches"].update(fingerprint="other"),
+        lambda told: told.update(created="2000-01-01T00:00:00+00:00"),
+        lambda told: told.update(engine="torch"),
+        lambda told: told.pop("digest"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(whole, tmp_path, change):
+    other = shutil.copytree(whole, tmp_path / "bundle")
+    told = json.loads((other / "bundle.json").read_text())
+    change(told)
+    (other / "bundle.json").write_text(json.dumps(told))
+    assert "bundle.json: digest expected" in refusal(other)
+
+
 def test_a_whole_bundle_has_13_files_and_the_manifest_says_why_its_engine_was_chosen(whole):
     manifest = bundle.verify(whole)
     assert set(manifest["files"]) == {*bundle.MODEL_FILES, *bundle.ENGINE_FILES, *bundle.REPORT_FILES, "README.md"}

@@ -80,8 +80,9 @@ def test_bm25_is_not_needed_where_it_need_not_be_beaten():
     assert quality(content, Publish(beat_bm25=False)) == []
 
 
-def test_a_teacher_of_0_is_no_bar():
-    assert quality(made(0.1, teacher=0.0)) == []
+def test_a_student_is_not_released_by_a_share_of_a_teacher_of_0():
+    (reason,) = quality(made(0.1, teacher=0.0))
+    assert "The teacher's NDCG@10 is 0" in reason
 
 
 def test_a_whole_report_is_read_both_ways():

@@ -333,6 +333,13 @@ def test_kendall_tau_counts_a_missing_or_all_tied_query_as_0_and_leaves_out_a_si
     assert metrics.kendall_tau({}, {}) is None
 
 
+def test_a_query_that_both_tie_says_nothing_about_their_agreement():
+    ordered, tied = {"a": 2.0, "b": 1.0}, {"a": 0.5, "b": 0.5}
+    assert metrics.kendall_tau({"q": ordered, "tied": tied}, {"q": ordered, "tied": tied}) == 1.0
+    assert metrics.kendall_tau({"q": ordered, "tied": tied}, {"q": ordered, "tied": ordered}) == 0.5
+    assert metrics.kendall_tau({"tied": tied}, {"tied": tied}) is None
+
+
 def test_kendall_tau_of_ties_is_tau_b():
     one, other = {"x": 1.0, "y": 1.0, "z": 0.0}, {"x": 3.0, "y": 2.0, "z": 1.0}
     expected = kendalltau([1, 1, 0], [3, 2, 1]).statistic

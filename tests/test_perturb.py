@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disranker import metrics, perturb
+from disranker import perturb
 from disranker.recipe import Evaluate
 
 QUERY = "red running shoes"
@@ -84,4 +84,3 @@ def test_a_drop_is_measured_over_the_2_changed_queries_and_falls_from_1_to_082()
 def test_a_kind_that_changed_no_query_has_no_row():
     runs = {"bm25": dict.fromkeys(JUDGED, RIGHT)}
     assert perturb.drops(JUDGED, runs, {("typo", "bm25"): {}}, CFG, 1) == []
-    assert perturb.HEADLINE in metrics.METRICS

@@ -95,6 +95,22 @@ def test_a_student_that_fails_leaves_gate_json_with_the_bar_and_no_bundle(store,
     assert capsys.readouterr().out.count("FAILED") == 2
 
 
+def test_a_poor_student_is_not_released_and_is_told_by_how_much(store):
+    found = store.read_json("report", "report.json")
+    poor = found | {"runs": found["runs"] | {"student": found["runs"]["bm25"]}}
+    beaten = [pair | {"difference": -0.1, "low": -0.2, "high": 0.0} for pair in found["pairs"]]
+    store.put_text(json.dumps(poor | {"pairs": beaten}), "report", "report.json")
+    try:
+        with pytest.raises(Failed, match=r"publish\.min_share_of_teacher asks for 95\.00%.*not shown to beat BM25"):
+            run(store, min_share_of_teacher=0.95, beat_bm25=True)
+    finally:
+        store.put_text(json.dumps(found), "report", "report.json")
+    assert store.files("bundle") == []
+    failed = {bar["name"]: bar for bar in gate(store)["bars"] if not bar["passed"]}
+    assert failed.keys() == {"min_share_of_teacher", "beat_bm25"}
+    assert failed["min_share_of_teacher"]["value"] == found["runs"]["bm25"]["ndcg@10"]["value"]
+
+
 def test_without_8_bits_there_are_3_engines(store):
     run(store, int8=False)
     manifest = bundle.verify(store.folder(publish.BUNDLE))

@@ -2,8 +2,9 @@ import pytest
 import torch
 from test_engine import save_student
 
-from disranker import conversion, speed
+from disranker import conversion, gate, speed
 from disranker.engine import Engine
+from disranker.recipe import Publish
 
 QRELS = {"red shoe": {"a": 3, "b": 0}, "warm jacket": {"a": 0, "b": 2}}
 EXACT = {"red shoe": {"a": 2.0, "b": 1.0}, "warm jacket": {"a": 1.0, "b": 3.0}}
@@ -45,9 +46,14 @@ def test_agreement_is_ndcg_the_largest_difference_and_kendalls_tau():
     }
 
 
-def test_a_score_that_is_no_number_is_an_error_before_any_bar():
-    with pytest.raises(ValueError, match="finite"):
-        speed.agreement(QRELS, {"torch": EXACT, "onnx": {query: {"a": float("nan"), "b": 0.0} for query in QRELS}})
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_an_engine_with_one_score_that_is_no_number_has_none_and_passes_no_bar(broken):
+    scores = {query: dict(of) for query, of in EXACT.items()}
+    next(iter(scores.values()))["a"] = broken
+    found = speed.agreement(QRELS, {"torch": EXACT, "onnx": scores, "openvino": EXACT, "openvino-int8": scores})
+    assert found["onnx"] == {"ndcg@10": None, "max_difference": None, "kendall_tau": None} == found["openvino-int8"]
+    failed = [bar.name for bar in gate.engines(found, Publish()) if not bar.passed]
+    assert failed == ["max_difference, onnx", "max_int8_loss", "min_int8_tau"]
 
 
 def test_speeds_are_measured_with_1_and_with_2_threads_and_torch_gets_its_threads_back(student):
@@ -88,6 +94,8 @@ def test_4_engines_with_8_bits_and_3_without():
     assert speed.present(False) == ("torch", "onnx", "openvino")
 
 
-@pytest.mark.parametrize(("most", "places"), [(10, range(10)), (5, range(0, 10, 2)), (4, [0, 3, 6, 9]), (1, [0])])
+@pytest.mark.parametrize(
+    ("most", "places"), [(10, range(10)), (5, range(0, 10, 2)), (4, [0, 2, 5, 7]), (9, [0, *range(1, 9)]), (1, [0])]
+)
 def test_lists_are_taken_evenly_over_all(most, places):
     assert speed.spread([{"n": n} for n in range(10)], most) == [{"n": n} for n in places]

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,37 @@ def test_a_base_that_is_nowhere_or_no_bert_or_too_short_is_refused(base, tmp_pat
     long = cfg("first", 1).model_copy(update={"max_tokens": 10_000})
     with pytest.raises(Refused, match=r"student\.max_tokens 10000: the model of student\.base has \d+ positions"):
         student.shortened(str(base), tmp_path, long, 1)
+
+
+def test_a_base_that_lacks_weights_of_a_layer_is_refused_by_their_names(base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    lacking = "bert.encoder.layer.0.output.dense.weight"
+    save_file(
+        {name: one for name, one in weights.items() if name != lacking}, broken / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(Refused, match=rf"is no whole bert: it lacks 1 weights, one is {lacking}"):
+        student.shortened(str(broken), tmp_path / "short", cfg("first", 1), seed=1)
+
+
+def test_a_narrower_student_has_the_vocabulary_of_its_base_and_random_weights_of_the_seed(base, tmp_path):
+    narrow = Student.model_validate(TINY_STUDENT.model_dump() | {"base": str(base), "take": "none"})
+    for name, seed in (("1", 1), ("2", 1), ("3", 2)):
+        student.shortened(str(base), tmp_path / name, narrow, seed)
+    one, two, three = (student.load(tmp_path / name) for name in "123")
+    assert (one.config.hidden_size, one.config.num_hidden_layers, one.config.vocab_size) == (16, 2, 120)
+    assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    table = [model.bert.embeddings.word_embeddings.weight for model in (one, two, three)]
+    assert torch.equal(table[0], table[1]) and not torch.equal(table[0], table[2])
+
+
+def test_sizes_beside_a_base_and_layers_of_no_base_are_refused():
+    with pytest.raises(ValueError, match="width are those of base; with take: none"):
+        Student(base="x", width=48)
+    with pytest.raises(ValueError, match="take last is for a base"):
+        Student(take="last")
 
 
 def test_a_student_from_nothing_has_the_shape_of_the_recipe_and_the_same_weights_again(tmp_path):

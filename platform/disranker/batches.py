@@ -78,9 +78,10 @@ class Group(NamedTuple):
 def deal(group: Group, documents: int) -> list[Group]:
     """A list as several of at most so many documents, each spread over the whole range of targets.
 
-    A batch then holds many queries instead of all documents of a few: the gradient is less noisy at the same cost.
+    None has a single document, which could be compared with nothing: three in twos stay together. A batch then holds
+    many queries instead of all documents of a few: the gradient is less noisy at the same cost.
     """
-    hands = math.ceil(len(group.rows) / documents)
+    hands = max(1, min(math.ceil(len(group.rows) / documents), len(group.rows) // 2))
     ranked = sorted(range(len(group.rows)), key=lambda place: group.targets[place])
     dealt = (ranked[hand::hands] for hand in range(hands))
     return [

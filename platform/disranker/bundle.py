@@ -44,6 +44,11 @@ class Manifest(Settings):
     lineage: Chain  # artefact -> what it was made of, back to the log files
     report: dict[str, Any]  # what the evaluation found, as in report.json
     files: dict[str, str]  # name -> sha256
+    digest: str = ""  # sha256 of all of the above, as JSON
+
+    def found_digest(self) -> str:
+        """What `digest` must be."""
+        return hashlib.sha256(self.model_dump_json(exclude={"digest"}).encode()).hexdigest()
 
 
 def write(
@@ -88,6 +93,7 @@ def write(
         report=dict(report),
         files={file: _sha256(target / file) for file in (*files, CARD)},
     )
+    manifest.digest = manifest.found_digest()
     (target / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return verify(target)
 
@@ -111,6 +117,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     agreed = contract.Tokens.load(target).contract.digest
     if agreed != manifest.contract:
         raise Refused(f"{target}: {contract.FILE} has digest {agreed}, {MANIFEST} says {manifest.contract}")
+    if manifest.digest != (here := manifest.found_digest()):
+        raise Refused(f"{target}: {MANIFEST}: digest expected {manifest.digest or 'none'}, found {here}")
     return manifest.model_dump()
 
 

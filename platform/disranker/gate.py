@@ -85,14 +85,17 @@ def _teacher(report: Report, cfg: Publish) -> Bar:
     student, teacher = (_value(report, name) for name in ("student", "teacher"))
     if student is None or teacher is None:
         return Bar("min_share_of_teacher", None, ">=", cfg.min_share_of_teacher, _absent(report, "student", "teacher"))
-    share = f"{student / teacher:.2%} of" if teacher else "beside"
+    if not teacher:
+        why = "The teacher's NDCG@10 is 0: a share of it says nothing. Were its labels found?"
+        return Bar("min_share_of_teacher", None, ">=", cfg.min_share_of_teacher, why)
     return Bar(
         "min_share_of_teacher",
         student,
         ">=",
         cfg.min_share_of_teacher * teacher,
-        f"The student's NDCG@10 of {student:.4f} is {share} the teacher's {teacher:.4f}; publish.min_share_of_teacher "
-        f"asks for {cfg.min_share_of_teacher:.2%}, which is {cfg.min_share_of_teacher * teacher - student:.4f} more.",
+        f"The student's NDCG@10 of {student:.4f} is {student / teacher:.2%} of the teacher's {teacher:.4f}; "
+        f"publish.min_share_of_teacher asks for {cfg.min_share_of_teacher:.2%}, which is "
+        f"{cfg.min_share_of_teacher * teacher - student:.4f} more.",
     )
 
 
@@ -113,17 +116,20 @@ def _bm25(report: Report) -> Bar:
 
 def _parity(name: str, measured: Mapping[str, Any], cfg: Publish) -> Bar:
     gap = measured["max_difference"]
+    found = "no number" if gap is None else f"{gap:.2e}"
     return Bar(
         f"max_difference, {name}",
         gap,
         "<=",
         cfg.max_difference,
-        f"A score of {name} differs from torch's by {gap:.2e}; publish.max_difference allows {cfg.max_difference:.2e}.",
+        f"A score of {name} differs from torch's by {found}; publish.max_difference allows {cfg.max_difference:.2e}.",
     )
 
 
-def _loss(int8: float, floats: float, cfg: Publish) -> Bar:
+def _loss(int8: float | None, floats: float, cfg: Publish) -> Bar:
     least = (1 - cfg.max_int8_loss) * floats
+    if int8 is None:
+        return Bar("max_int8_loss", None, ">=", least, "A score in 8 bits is no finite number; publish.int8=false.")
     return Bar(
         "max_int8_loss",
         int8,

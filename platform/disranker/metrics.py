@@ -156,15 +156,15 @@ def holm(p: Sequence[float]) -> list[float]:
 def kendall_tau(a: Run, b: Run) -> float | None:
     """Mean over queries of Kendall's tau-b between two runs, on the documents that both score.
 
-    0 where one lacks the query or ties all its documents. Queries with a single document say nothing and are left out;
-    None if none remains.
+    0 where one lacks the query or ties all its documents. Queries with a single document, or that both tie, say nothing
+    and are left out; None if none remains.
     """
     from scipy.stats import kendalltau  # takes a second to import, and serving has no use for it
 
     found = []
     for query in sorted({*a, *b}):
         one, other = a.get(query, {}), b.get(query, {})
-        if max(len(one), len(other)) < 2:
+        if max(len(one), len(other)) < 2 or len({*one.values()}) == 1 == len({*other.values()}):
             continue
         shared = sorted(one.keys() & other.keys())
         tau = kendalltau([one[d] for d in shared], [other[d] for d in shared]).statistic if len(shared) > 1 else 0.0

@@ -93,7 +93,20 @@ class Teacher(Model):
 class Student(Model):
     """A BERT. `layers` counts also what is taken of a base."""
 
-    take: Literal["first", "last", "every_second"] = "first"  # which layers of the base
+    # Which layers of the base; none: its vocabulary alone, for a BERT of random weights in the width of the recipe.
+    take: Literal["first", "last", "every_second", "none"] = "first"
+
+    @pydantic.model_validator(mode="after")
+    def _has_one_size(self) -> Self:
+        fields = type(self).model_fields
+        changed = [name for name in ("width", "heads") if getattr(self, name) != fields[name].default]
+        if changed and self.base != "scratch" and self.take != "none":
+            raise ValueError(
+                f"{' and '.join(changed)} are those of base; with take: none a student is as the recipe says"
+            )
+        if self.take != "first" and self.base == "scratch":
+            raise ValueError(f"take {self.take} is for a base, and scratch has none")
+        return self
 
 
 class Training(Settings):
@@ -186,8 +199,12 @@ class Distill(Training):
             raise ValueError(f"loss {self.loss} learns scores; targets {self.targets} go with ranknet or margin")
         if self.pairs != "all" and not (hybrid and self.beta):
             raise ValueError(f"pairs {self.pairs} is a choice for Margin-MSE, which needs loss hybrid and beta above 0")
-        if self.temperature != 1 and self.loss != "kl":
-            raise ValueError(f"temperature {self.temperature:g} is for loss kl, not {self.loss}")
+        of = {"temperature": "kl", "margin": "margin", "alpha": "hybrid", "beta": "hybrid"}
+        for name, loss in of.items():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default and self.loss != loss:
+                raise ValueError(f"{name} {value:g} is for loss {loss}, not {self.loss}")
+        if self.pair_share != type(self).model_fields["pair_share"].default and self.pairs not in ("gaps", "sampled"):
+            raise ValueError(f"pair_share {self.pair_share:g} is for pairs gaps or sampled, not {self.pairs}")
         return self
 
 

@@ -1,11 +1,11 @@
 """How fast each engine scores real lists, how near it comes to torch, and which of them a bundle chooses."""
 
+import math
 import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,14 @@ def run(engine: Engine, groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[s
 
 
 def agreement(qrels: Qrels, found: Mapping[str, Run]) -> Measured:
-    """NDCG@10 of each engine's run; of all but torch also the largest difference of a score, and Kendall's tau."""
+    """NDCG@10 of each engine's run; of all but torch also the largest difference of a score, and Kendall's tau.
+
+    None for each of them where a score of the engine is no finite number.
+    """
     return {
-        name: {HEADLINE: float(np.mean(metrics.per_query(qrels, scores)[HEADLINE]))}
-        | ({} if name == "torch" else _nearness(scores, found["torch"]))
+        name: _ndcg(qrels, scores) | ({} if name == "torch" else _nearness(scores, found["torch"]))
+        if _finite(scores)
+        else dict.fromkeys((HEADLINE, "max_difference", "kendall_tau"))
         for name, scores in found.items()
     }
 
@@ -91,8 +95,8 @@ def present(int8: bool) -> tuple[Name, ...]:
 
 def spread(groups: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
     """At most so many of them, evenly over all."""
-    step = max(1, -(-len(groups) // most))
-    return list(islice(groups, 0, None, step))
+    most = min(most, len(groups))
+    return [groups[place * len(groups) // most] for place in range(most)]
 
 
 def _seconds(engine: Engine, lists: Sequence[Sequence[Prompt]]) -> float:
@@ -102,10 +106,17 @@ def _seconds(engine: Engine, lists: Sequence[Sequence[Prompt]]) -> float:
     return time.perf_counter() - began
 
 
+def _finite(scores: Run) -> bool:
+    return all(math.isfinite(score) for of in scores.values() for score in of.values())
+
+
+def _ndcg(qrels: Qrels, scores: Run) -> dict[str, float | None]:
+    return {HEADLINE: float(np.mean(metrics.per_query(qrels, scores)[HEADLINE]))}
+
+
 def _nearness(scores: Run, exact: Run) -> dict[str, float | None]:
     gaps = [abs(scores[query][document] - exact[query][document]) for query in exact for document in exact[query]]
-    # numpy's maximum is not a number where one of them is none, and then no bar is passed.
-    return {"max_difference": float(np.max(gaps)), "kendall_tau": metrics.kendall_tau(scores, exact)}
+    return {"max_difference": max(gaps), "kendall_tau": metrics.kendall_tau(scores, exact)}
 
 
 @contextmanager

@@ -19,18 +19,27 @@ if TYPE_CHECKING:
     from tokenizers import BertWordPieceTokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NEW = ("classifier.", "bert.pooler.")  # what a base need not have
 ROUNDING = 1e-6  # of float32 and of the sums over it, relative
 
 
 def scratch(folder: str | Path, texts: Iterable[str], cfg: StudentSettings, seed: int) -> None:
     """Writes a small BERT with random weights and a WordPiece tokenizer of the texts."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+    from transformers import BertTokenizer
 
     tokenizer = _word_pieces(list(texts), cfg.vocabulary)
     BertTokenizer(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    _random(folder, cfg, seed, tokenizer.get_vocab_size(), tokenizer.token_to_id("[PAD]"))
+
+
+def _random(folder: str | Path, cfg: StudentSettings, seed: int, vocabulary: int, pad: int) -> None:
+    """Writes a BERT of random weights in the size of the recipe."""
+    from transformers import BertConfig, BertForSequenceClassification
+
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocabulary,
+        pad_token_id=pad,
         hidden_size=cfg.width,
         intermediate_size=cfg.width * 4,
         num_hidden_layers=cfg.layers,
@@ -58,7 +67,8 @@ def _word_pieces(texts: Sequence[str], vocabulary: int) -> "BertWordPieceTokeniz
 def shortened(base: str, folder: str | Path, cfg: StudentSettings, seed: int) -> None:
     """Writes the base with some of its layers and all of its vocabulary; a new head where it has none of one score.
 
-    Raises `Refused` if it has too few layers or positions.
+    With `take: none` the vocabulary alone is of the base. Raises `Refused` if the base lacks weights, or has too few
+    layers or positions.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -68,21 +78,29 @@ def shortened(base: str, folder: str | Path, cfg: StudentSettings, seed: int) ->
         raise Refused(f"student.base {base}: no model there; give a folder, a hub name, or scratch") from error
     if config.model_type != "bert":
         raise Refused(f"student.base {base} is a {config.model_type}; a student is a bert")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    if cfg.take == "none":
+        _random(folder, cfg, seed, config.vocab_size, config.pad_token_id)
+        return
     chosen = layers(config.num_hidden_layers, cfg)
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=1,
         dtype=torch.float32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    # Of missing weights transformers only warns, and leaves random ones; a head may be new.
+    absent = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if body := sorted(name for name in absent if not name.startswith(NEW)):
+        raise Refused(f"student.base {base} is no whole bert: it lacks {len(body)} weights, one is {body[0]}")
     contract.check_positions(model, cfg.max_tokens, "student")
     model.bert.encoder.layer = nn.ModuleList(model.bert.encoder.layer[place] for place in chosen)
     model.config.num_hidden_layers = len(chosen)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def layers(available: int, cfg: StudentSettings) -> list[int]:
