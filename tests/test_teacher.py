@@ -260,6 +260,14 @@ def test_lists_with_2_different_targets_are_learned_from_and_documents_without_o
     assert math.isnan(task.validate(torch.nn.Linear(1, 1))["pair_accuracy"])
 
 
+@pytest.mark.parametrize(
+    ("grades", "found"), [((1, 1), False), ((1, None), False), ((1, 0), True), ((), False), ((1, 1, 2), True)]
+)
+def test_a_list_is_comparable_where_two_targets_differ(grades, found):
+    docs = [doc(str(n), grade=grade) for n, grade in enumerate(grades)]
+    assert teacher.comparable(docs, Finetune(labels="grades")) == found
+
+
 @pytest.mark.parametrize("loss", ["margin", "ranknet", "listwise", "pointwise"])
 def test_the_loss_of_the_recipe_is_taken(scorer, tokens, loss):
     docs = [doc("a", title="shoe", grade=2), doc("b", title="rain", grade=1), doc("c", title="kids", grade=0)]

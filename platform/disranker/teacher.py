@@ -242,6 +242,11 @@ def targets(docs: Sequence[dict[str, Any]], cfg: Finetune) -> list[float | None]
     return clicked
 
 
+def comparable(docs: Sequence[dict[str, Any]], cfg: Finetune) -> bool:
+    """Whether two documents of one list have different targets."""
+    return len(set(targets(docs, cfg)) - {None}) > 1
+
+
 def lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> list[Group]:
     """Groups with at least two different targets, ready to train on."""
     found = []
