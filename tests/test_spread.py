@@ -24,7 +24,7 @@ GROUPS = [
 ]
 CFG = Finetune(
     epochs=2, lr=1e-2, tokens_per_batch=48, documents_per_list=2, workers=2, accumulate=2, validations=2,
-    loss="pointwise",
+    loss="pointwise", labels="grades",
 )  # fmt: skip
 SETTINGS = {
     "ddp": CFG,
