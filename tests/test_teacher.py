@@ -130,6 +130,14 @@ def test_33_rows_go_in_8_pieces_of_like_length_and_their_scores_come_back_in_ord
     assert torch.allclose(found, whole, atol=1e-5)
 
 
+@torch.no_grad()
+def test_2_rows_with_the_tokens_of_5_pieces_go_in_2(scorer, tokens, monkeypatch):
+    rows = Rows.padded(tokens.prompts(["red"] * 2, ["blue", "shoe"], ["", "rain"]), tokens.contract.pad)
+    whole = teacher.raw_scores(scorer, rows)
+    monkeypatch.setattr(teacher, "LEAST_TOKENS", int(rows.real.sum()) // 5)
+    assert torch.allclose(teacher.raw_scores(scorer, rows), whole, atol=1e-5)
+
+
 def test_8_pieces_share_one_look_up_of_their_tokens_and_have_the_gradients_of_one(folder, tokens, monkeypatch):
     texts = ["warm " * (n * 7 % 13) for n in range(33)]
     rows = Rows.padded(tokens.prompts(["red"] * 33, ["blue"] * 33, texts), tokens.contract.pad)
