@@ -62,11 +62,19 @@ def killed(plan: Plan) -> Iterator[Line]:
     seconds = Store(str(runs.root(paths["undisturbed"]))).manifest("teacher")["seconds"]
     log = plan.folder / "disturbed.log"
     _disturbed(paths["disturbed"], log, plan, seconds)
-    went_on = [int(step) for step in re.findall(r"goes on after step (\d+)", log.read_text())]
+    went_on = resumed(log.read_text(), plan.kills)
     mine, theirs = (_measured(recipes.load(paths[name])) for name in ("disturbed", "undisturbed"))
     off = max(abs(mine[name] - theirs[name]) for name in theirs) * 1000
     more = {"kills": plan.kills, "went_on_after_steps": went_on, "steps": theirs["steps"], "disturbed": mine}
     yield claims.within("killed: metrics of the teacher", [off], MOST, "thousandths off", undisturbed=theirs, **more)
+
+
+def resumed(log: str, kills: int) -> list[int]:
+    """The steps after which the training went on. Raises `Broken` where these are not as many as kills."""
+    steps = [int(step) for step in re.findall(r"goes on after step (\d+)", log)]
+    if len(steps) != kills:
+        raise runs.Broken(f"{kills} kills, but the training went on {len(steps)} times, after steps {steps}")
+    return steps
 
 
 def _copied(plan: Plan, store: Path, name: str) -> Path:

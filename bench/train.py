@@ -22,7 +22,7 @@ from bench.made_up import Size
 from disranker import recipe as recipes
 from disranker import world
 from disranker.inputs import World
-from disranker.recipe import Finetune, Pretrain, Refused, Student, Teacher
+from disranker.recipe import Finetune, Pretrain, Recipe, Refused, Student, Teacher
 from disranker.store import Store
 
 SPARE = 40  # judged queries more than lists: some have one grade alone
@@ -152,9 +152,10 @@ def parts(plan: Plan, base: Path | None) -> Iterator[Line]:
 def workers(plan: Plan, base: Path | None) -> Iterator[Line]:
     """The real command with two workers of one thread each against one such worker, from its first step's end on."""
     rates: dict[int, list[float]] = {1: [], 2: []}
+    seen = {count: lists_per_step(recipes.load(plan.recipe(base, plan.lists)), count) for count in rates}
     for _ in range(plan.runs):
         for count, measured in rates.items():
-            measured.append(groups_per_second(_trained(plan, base, count), plan.lists))
+            measured.append(groups_per_second(_trained(plan, base, count), seen[count]))
     more = {"lists": plan.lists, "tokens_per_batch": plan.tokens_per_batch}
     yield claims.against("train: two workers vs one", rates[2], rates[1], "groups/s", 1.6, **more)
 
@@ -243,12 +244,23 @@ def _trained(plan: Plan, base: Path | None, count: int) -> Path:
     return folder
 
 
-def groups_per_second(tracked: Path, lists: int) -> float:
-    """Of a run over so many lists, by the times at which its tracker noted each step, from the first one's end on."""
+def lists_per_step(recipe: Recipe, workers: int) -> list[int]:
+    """How many lists all workers together learn at each step: of an odd number of batches, two leave one out."""
+    from disranker import fit, teacher
+
+    cfg, (tokens, _) = recipe.finetune, trainers.start(recipe)
+    task = teacher.Ranking(trainers.lists(recipe), [], tokens, cfg)
+    plans = [fit.steps(task, cfg, recipe.seed, rank, workers) for rank in range(workers)]
+    return [sum(len(batch) for step in together for batch in step) for together in zip(*plans, strict=True)]
+
+
+def groups_per_second(tracked: Path, lists: Sequence[int]) -> float:
+    """Of a run over so many lists at each step, by the times that its tracker noted, from the first step's end on."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     times = [event.wall_time for event in EventAccumulator(str(tracked)).Reload().Scalars("loss")]
-    return (len(times) - 1) / len(times) * lists / (times[-1] - times[0])
+    assert len(times) == len(lists), f"{len(times)} steps are not the {len(lists)} of the plan"
+    return sum(lists[1:]) / (times[-1] - times[0])
 
 
 def _rates(said: Sequence[dict[str, Any]]) -> list[float]:

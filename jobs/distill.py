@@ -38,8 +38,8 @@ def check(recipe: Recipe, store: Store) -> None:
         groups = store.read("groups", part=part, where=pc.field("split") != "test").to_pylist()
         if judge:
             return parts.total(map(student.asked, groups, judge.scores(groups)))
-        different = (set(teacher.targets(g["docs"], hard(recipe))) - {None} for g in groups if g["split"] == "train")
-        return {"lists": sum(len(targets) > 1 for targets in different)}
+        train = [group["docs"] for group in groups if group["split"] == "train"]
+        return {"lists": sum(teacher.comparable(docs, hard(recipe)) for docs in train)}
 
     counts = parts.total(parts.each(recipe.ingest.parts, count, "distill: labels of parts looked up"))
     student.check_labels(counts, recipe.distill)

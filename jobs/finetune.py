@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from torch import nn
 
 from disranker import teacher
@@ -12,10 +13,11 @@ from disranker.contract import Tokens
 from disranker.recipe import Recipe, Refused
 from disranker.stages import Step
 from disranker.store import Store
-from jobs import launch, training
+from jobs import launch, parts, training
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
+    check(recipe, store)
     if "decoder" in step.reads:
         return training.run(recipe, store, step, Path(store.folder("decoder")))
     with tempfile.TemporaryDirectory() as folder:
@@ -24,12 +26,25 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
         return training.run(recipe, store, step, Path(folder))
 
 
+def check(recipe: Recipe, store: Store) -> None:
+    """Raises `Refused`, before any worker starts, where no training list has anything to compare."""
+    cfg = recipe.finetune
+
+    def count(part: int) -> dict[str, int]:
+        groups = store.read("groups", part=part, where=pc.field("split") == "train").to_pylist()
+        return {"lists": sum(teacher.comparable(group["docs"], cfg) for group in groups)}
+
+    if not parts.total(parts.each(recipe.ingest.parts, count, "finetune: targets of parts looked up"))["lists"]:
+        fewer = "" if cfg.labels == "grades" else f", or lower finetune.min_impressions ({cfg.min_impressions})"
+        raise Refused(
+            f"finetune: no training list has two different targets with labels {cfg.labels}; set other finetune.labels"
+            f"{fewer}"
+        )
+
+
 def task(recipe: Recipe, store: Store, tokens: Tokens) -> teacher.Ranking:
     groups = training.groups(store)
-    ranking = teacher.Ranking(groups["train"], groups["validation"], tokens, recipe.finetune)
-    if not ranking.sizes:
-        raise Refused(f"finetune: no training list has two different targets with labels {recipe.finetune.labels}")
-    return ranking
+    return teacher.Ranking(groups["train"], groups["validation"], tokens, recipe.finetune)
 
 
 def model(folder: str, tokens: Tokens, seed: int) -> nn.Module:

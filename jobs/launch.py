@@ -86,11 +86,15 @@ def guarded(work: Any) -> int:
 
 
 def execute(step: stages.Step, recipe: Recipe, store: Store) -> None:
-    """Runs one stage and makes what it wrote exist; leaves nothing of what was there before, or of a refused input."""
+    """Runs one stage and makes what it wrote exist; leaves nothing of what was there before, or of a refused input.
+
+    A model alone stays until its stage has trained another.
+    """
     stages.check_reads(step, store)
     module = importlib.import_module(f"jobs.{step.stage.name}")
     connect()
-    for artefact in step.stage.writes:
+    written = set(step.stage.writes) - stages.MODELS
+    for artefact in written:
         store.unfinish(artefact) if artefact in stages.KEPT else store.clear(artefact)
     say(f"{step.stage.name}: {', '.join(step.reads) or 'nothing'} -> {', '.join(step.stage.writes)}")
     began = time.monotonic()
@@ -98,7 +102,7 @@ def execute(step: stages.Step, recipe: Recipe, store: Store) -> None:
         with Peak() as peak:
             counts = module.run(recipe, store, step)
     except Refused:
-        for artefact in set(step.stage.writes) - stages.KEPT:
+        for artefact in written - stages.KEPT:
             store.clear(artefact)
         raise
     seconds = round(time.monotonic() - began, 1)

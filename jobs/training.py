@@ -8,7 +8,8 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ FAULT = "fault-"  # and the rank, in the folder of the run: why a step was not t
 OUT_OF_MEMORY = ("out of memory", "OutOfMemory", "can't allocate memory")  # of CUDA, of Ray, of torch on a CPU
 # A model is called several times for one batch, not equally often on each worker: nothing may be exchanged in a call.
 DDP = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+SPEED_OVER_STEPS = 50  # that tokens per second are a mean of: a run that slows down shows it
 RETRIES = 3  # of a worker or node that dies; the run goes on from its last checkpoint
 
 
@@ -80,11 +82,12 @@ def run(recipe: Recipe, store: Store, step: Step, start: Path) -> dict[str, Any]
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        if not any(word in str(error) for word in OUT_OF_MEMORY):
+        if (told := _told(error, stage, cfg)) is None:
             raise
-        raise Failed(_lower(stage, cfg)) from error
+        raise told from error
     _check_faults(store, stage, cfg, settings["run"])
     final = store.folder(f"runs/{name}/final")
+    store.clear(step.stage.writes[0])  # the model before stood until here
     store.put_folder(final, step.stage.writes[0])
     return json.loads((Path(final) / "training.json").read_text())
 
@@ -136,12 +139,24 @@ def _check_faults(store: Store, stage: str, cfg: Training, run: str) -> None:
         )
 
 
-def _lower(stage: str, cfg: Training) -> str:
-    return (
-        f"{stage}: out of memory. With {stage}.recompute: true the run goes on after its last checkpoint; or lower "
-        f"tokens_per_batch ({cfg.tokens_per_batch}; accumulate makes up for it), or set precision: bfloat16, "
-        "lora_rank, or sharding: fsdp with more workers, which start anew"
-    )
+def _told(error: TrainingFailedError, stage: str, cfg: Training) -> Exception | None:
+    """What a person can mend of why the workers failed, in one line; None where there is no such thing."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, Refused):
+            return failure
+    return Failed(_less(stage, cfg)) if any(word in str(error) for word in OUT_OF_MEMORY) else None
+
+
+def _less(stage: str, cfg: Training) -> str:
+    """What would take less memory: of the settings those that are not set yet."""
+    go_on = "" if cfg.recompute else f" To go on after the last checkpoint, set {stage}.recompute: true."
+    ways = [
+        f"lower tokens_per_batch ({cfg.tokens_per_batch}; accumulate makes up for it)",
+        *["set precision: bfloat16"] * (cfg.precision == "float32"),
+        *["set lora_rank"] * (not cfg.lora_rank),
+        "take more workers" if cfg.sharding == "fsdp" else "set sharding: fsdp with more workers",
+    ]
+    return f"{stage}: out of memory.{go_on} To start anew with less, {', or '.join(ways)}"
 
 
 def model(stage: str, start: str, tokens: Tokens, seed: int, cfg: Training) -> tuple[nn.Module, Any]:
@@ -177,10 +192,12 @@ def texts(store: Store) -> Iterator[str]:
 def _steps(run: fit.Fit, stage: str, rank: int, store: Store, settings: dict[str, Any]) -> None:
     """Trains to the end, says and tracks how it goes, keeps checkpoints."""
     began, said, first = time.monotonic(), 0.0, run.done
+    seen = deque([(0.0, 0)], SPEED_OVER_STEPS + 1)  # (seconds, tokens so far) after each of the last steps
     watch = _Watch(run, store, settings) if rank == 0 else None
     for progress in run.steps():
         elapsed = time.monotonic() - began
-        speed = sum(one["tokens"] for one in run.curve[first:]) / elapsed * settings["workers"]
+        seen.append((elapsed, seen[-1][1] + progress.tokens))
+        speed = _rate(seen) * settings["workers"]
         if watch:
             watch.see(progress, speed)
         if rank == 0 and (elapsed - said > SAY_EVERY_S or progress.step == len(run.planned)):
@@ -192,6 +209,12 @@ def _steps(run: fit.Fit, stage: str, rank: int, store: Store, settings: dict[str
             _checkpoint(run, rank)
     if watch:
         watch.close()
+
+
+def _rate(seen: Sequence[tuple[float, int]]) -> float:
+    """Tokens a second from the first to the last of (seconds, tokens so far)."""
+    (start, before), (end, tokens) = seen[0], seen[-1]
+    return (tokens - before) / (end - start)
 
 
 def _say(stage: str, run: fit.Fit, speed: float, left: float) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import numpy as np
@@ -26,6 +27,7 @@ from bench import (
     engine,
     esci_teacher,
     exactly_once,
+    killed_training,
     logs,
     made_up,
     mfu,
@@ -606,7 +608,25 @@ def test_groups_a_second_run_from_the_end_of_the_first_step(tmp_path):
     with SummaryWriter(str(tmp_path)) as events:
         for step, seconds in enumerate((100.0, 102.0, 103.0, 104.0, 108.0)):
             events.add_scalar("loss", 0.5, step, walltime=seconds)
-    assert train.groups_per_second(tmp_path, lists=60) == pytest.approx(60 * 4 / 5 / 8)
+    assert train.groups_per_second(tmp_path, lists=[12] * 5) == pytest.approx(60 * 4 / 5 / 8)
+    assert train.groups_per_second(tmp_path, lists=[5, 3, 4, 5, 6]) == pytest.approx(18 / 8)
+
+
+def test_two_workers_are_credited_only_with_lists_of_their_plans(tiny_lists):
+    given = arms.seeded(tiny_lists, 1, tokens_per_batch=768)
+    one, two = (train.lists_per_step(given, workers) for workers in (1, 2))
+    assert sum(one) == 6 and len(one) % 2 == 1  # so that a batch is left over
+    assert two == [a + b for a, b in zip(one[::2], one[1::2], strict=False)]
+
+
+def test_a_training_that_did_not_go_on_as_often_as_it_was_killed_is_no_measurement():
+    log = "finetune: rank 0 goes on after step 25\nfinetune: rank 0 goes on after step 100\n"
+    assert killed_training.resumed(log, kills=2) == [25, 100]
+    for kills in (1, 3):
+        with pytest.raises(
+            runs.Broken, match=rf"{kills} kills, but the training went on 2 times, after steps \[25, 100"
+        ):
+            killed_training.resumed(log, kills)
 
 
 def test_10_weights_2_layers_3_wide_cost_1080_flops_for_rows_of_2_and_4_tokens():
@@ -661,6 +681,26 @@ def test_the_time_of_operations_is_shared_out_by_kind():
     found = mfu.shares(times | {"aten::gelu": 1.0})
     assert found == {"attention": 0.2, "optimiser": 0.1, "matrix products": 0.5, "copies and casts": 0.1, "other": 0.1}
     assert sum(mfu.shares({}).values()) == 0
+
+
+def test_the_time_of_a_kernel_counts_once_on_a_gpu_and_that_of_an_operation_on_a_cpu():
+    from torch.autograd import DeviceType
+
+    def event(key, on, seconds, named=False):
+        times = {"self_device_time_total": seconds * 1e6, "self_cpu_time_total": 1e6}
+        return SimpleNamespace(key=key, device_type=on, is_user_annotation=named, **times)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 3.0),
+        event("cudaLaunchKernel", DeviceType.CPU, 0.0),
+        event("sm90_gemm", DeviceType.CUDA, 3.0),
+        event("Optimizer.step", DeviceType.CPU, 2.0, named=True),
+        event("Optimizer.step", DeviceType.CUDA, 2.0, named=True),
+        event("fused_adam_kernel", DeviceType.CUDA, 2.0),
+    ]
+    assert mfu.device_times(events, on_gpu=True) == {"sm90_gemm": 3.0, "fused_adam_kernel": 2.0}
+    assert mfu.device_times(events[:2], on_gpu=False) == {"aten::mm": 1.0, "cudaLaunchKernel": 1.0}
+    assert mfu.shares({"nvjet_tst_128x256": 3.0, "fmha_cutlassF": 1.0})["matrix products"] == 0.75
 
 
 def test_a_utilisation_says_flops_padding_and_what_the_device_was_busy_with():

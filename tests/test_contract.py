@@ -198,20 +198,34 @@ def test_a_contract_of_another_template_is_refused(copy):
 
 
 @pytest.mark.parametrize(
-    ("specials", "named"),
+    ("specials", "told"),
     [
         (
             {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
-            r"closing token \(2\) and the padding token \(2\)",
+            "one token (2) for pad_token and eos_token; set pad_token to another",
         ),
-        ({"bos_token": "<s>", "eos_token": "</s>"}, r"padding token \(None\)"),
-        ({"bos_token": "<s>", "pad_token": "<pad>"}, r"closing token \(None\)"),
+        (
+            {"bos_token": "<s>", "eos_token": "</s>"},
+            "no pad_token; set pad_token, to another token than eos_token (2)",
+        ),
+        (
+            {"bos_token": "<s>", "pad_token": "<pad>"},
+            "no eos_token, which closes every text; set eos_token",
+        ),
+        ({"bos_token": "<s>"}, "no eos_token, which closes every text; set eos_token"),
     ],
 )
-def test_a_tokenizer_that_cannot_close_a_text_or_pads_with_the_closing_token_is_refused(copy, specials, named):
+def test_a_tokenizer_that_cannot_close_a_text_or_pads_with_the_closing_token_is_refused(copy, specials, told):
     respecial(copy["decoder"], **specials)
-    with pytest.raises(Refused, match=named):
+    with pytest.raises(Refused) as refusal:
         Tokens.agree(copy["decoder"], "decoder", TINY)
+    assert str(refusal.value) == f"tokenizer in {copy['decoder']} has {told} in its tokenizer_config.json"
+
+
+def test_an_encoder_without_a_separator_is_told_to_set_one(copy):
+    respecial(copy["encoder"], cls_token="[CLS]", pad_token="[PAD]")
+    with pytest.raises(Refused, match=r" has no sep_token, which closes every text; set sep_token in its tokenizer_c"):
+        Tokens.agree(copy["encoder"], "encoder", TINY_STUDENT)
 
 
 def test_a_decoder_without_an_opening_token_starts_with_the_query(copy):

@@ -157,6 +157,35 @@ def test_a_step_that_would_make_the_weights_no_numbers_is_not_taken_and_names_it
     assert all(torch.equal(weight, before[key]) for key, weight in found.state_dict().items())
 
 
+class Together(Line):
+    """Two points are fine alone and make a loss that is no number in one batch."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) * (float("nan") if len(batch.x) > 1 else 1.0)
+
+
+def test_where_no_item_alone_is_to_blame_all_queries_of_the_batch_are_named():
+    with pytest.raises(fit.Diverged) as told:
+        next(fit.Fit(model(), Together(), [[[3], [1, 2]]], CFG).steps())
+    assert told.value.queries == ["query 1", "query 2"]
+
+
+class Flat(Line):
+    """Its loss is 2 for the first point and 4 for the others."""
+
+    def loss(self, model, batch):
+        return (2.0 if batch.x.min() == 0 else 4.0) + 0 * super().loss(model, batch)
+
+
+def test_a_step_that_is_not_taken_tells_the_mean_loss_of_its_batches():
+    found = model()
+    for weight in found.parameters():
+        weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(fit.Diverged, match=r"^loss 3 and gradient norm nan at step 1$") as told:
+        next(fit.Fit(found, Flat(), [[[0], [5]]], CFG).steps())
+    assert told.value.queries == ["query 0", "query 5"]
+
+
 def test_gradients_are_clipped_to_a_norm_of_1():
     task, found = Line(factor=1e6), model()
     norms = [

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from disranker import recipe, stages, tables
 from disranker.contract import Contract, Tokens
 from disranker.engine import Engine
+from disranker.recipe import Refused
 from disranker.store import Store
 from jobs import distill, forget, ingest, launch, pipeline, score, training
 from jobs.score import Teacher
@@ -168,6 +169,88 @@ def test_a_training_out_of_memory_says_which_settings_to_lower(monkeypatch, tiny
         launch.Failed, match=r"^finetune: out of memory\. .*recompute.*tokens_per_batch \(\d+;.*lora_rank"
     ):
         training.run(given, store, stages.step(given, "finetune"), start)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"tokens_per_batch": 512},
+            "To go on after the last checkpoint, set finetune.recompute: true. To start anew with less, lower "
+            "tokens_per_batch (512; accumulate makes up for it), or set precision: bfloat16, or set lora_rank, or set "
+            "sharding: fsdp with more workers",
+        ),
+        (
+            {"tokens_per_batch": 512, "recompute": True, "precision": "bfloat16", "lora_rank": 4, "sharding": "fsdp"},
+            "To start anew with less, lower tokens_per_batch (512; accumulate makes up for it), or take more workers",
+        ),
+    ],
+)
+def test_of_a_training_out_of_memory_only_what_is_not_set_yet_is_named(given, told):
+    error = WorkerGroupError("CUDA out of memory", {})
+    assert str(training._told(error, "finetune", recipe.Finetune(**given))) == f"finetune: out of memory. {told}"
+
+
+def test_an_error_of_a_worker_that_nobody_can_mend_stays_as_it_is():
+    assert training._told(WorkerGroupError("no such thing", {0: KeyError("x")}), "finetune", recipe.Finetune()) is None
+
+
+def test_what_a_worker_refuses_comes_in_one_line(ray_here, monkeypatch, tiny, tiny_run, tmp_path):
+    """Nothing to train on, which the stage would have seen before."""
+    monkeypatch.setattr(training, "RETRIES", 0)
+    given = recipe.parse(tiny | {"root": str(tmp_path)})
+    store = Store(str(tmp_path))
+    store.write("groups", 0, [])
+    store.commit("groups", {})
+    with pytest.raises(Refused, match=r"^nothing to train on: no row of the training split has what .* learns from$"):
+        training.run(given, store, stages.step(given, "finetune"), Path(tiny_run.folder("decoder")))
+
+
+def test_lists_without_two_targets_are_refused_before_a_worker_starts(tiny, tiny_run, tmp_path, capsys):
+    root = _copy(tiny_run, tmp_path)
+    content = tiny | {"root": root, "finetune": tiny["finetune"] | {"labels": "evidence", "min_impressions": 10**6}}
+    # Random documents count as irrelevant, and all others as unknown.
+    assert launch.main("finetune", ["--recipe", _recipe(tmp_path, content)]) == 2
+    _refused_with(
+        "finetune: no training list has two different targets with labels evidence; set other finetune.labels, or "
+        "lower finetune.min_impressions (1000000)",
+        capsys.readouterr().err,
+    )
+    assert not list(Path(root).glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "artefact"), [("pretrain", "decoder"), ("finetune", "teacher"), ("distill", "student")]
+)
+def test_a_training_that_is_refused_leaves_the_model_that_was_there(stage, artefact, tiny, tiny_run, tmp_path, capsys):
+    root = _copy(tiny_run, tmp_path)
+    before = _contents(Path(root, artefact))
+    content = tiny | {"root": root, stage: tiny[stage] | {"workers": 999}}
+    assert launch.main(stage, ["--recipe", _recipe(tmp_path, content)]) == 2
+    _refused_with(f"{stage}: 999 workers of 1 CPU need 999", capsys.readouterr().err)
+    assert _contents(Path(root, artefact)) == before and "manifest.json" in before
+
+
+def test_a_trained_model_takes_the_place_of_the_one_before_with_nothing_of_it_left(
+    ray_here, monkeypatch, tiny, tmp_path
+):
+    store, given = Store(str(tmp_path)), recipe.parse(tiny | {"root": str(tmp_path)})
+    step = stages.step(given, "finetune")
+
+    def fit(_):
+        assert store.finished("teacher") == {"bytes": 3}
+        store.put_text('{"steps": 7}', f"runs/finetune-{step.fingerprint}/final", "training.json")
+
+    store.put_text("old", "teacher", "old.bin")
+    store.commit("teacher", {})
+    monkeypatch.setattr(training.TorchTrainer, "fit", fit)
+    (tmp_path / "start").mkdir()
+    assert training.run(given, store, step, tmp_path / "start") == {"steps": 7}
+    assert list(_contents(tmp_path / "teacher")) == ["training.json"]
+
+
+def test_tokens_a_second_are_those_of_the_last_steps():
+    assert training._rate([(10.0, 4000), (11.0, 4100), (12.0, 4300)]) == 150
 
 
 def test_the_report_has_three_runs_with_intervals_and_the_scores_it_came_from(tiny_run):
@@ -324,6 +407,10 @@ def _recipe(folder: Path, content: dict) -> str:
 
 def _copy(store: Store, folder: Path) -> str:
     return shutil.copytree(store.path, folder / "run").as_posix()
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _input(folder: Path, queries=(LOG,), events=(EVENT,), documents=DOCUMENTS, judgments=JUDGMENTS) -> dict:

@@ -100,6 +100,12 @@ def test_a_recipe_without_root_is_refused():
         ({"distill": {"pair_share": 0}}, "distill.pair_share: Input should be greater than 0, not 0"),
         ({"aggregate": {"validation_share": 0.5, "test_share": 0.5}}, "leave no query to train on"),
         ({"aggregate": {"head_share": 0.6, "torso_share": 0.5}}, "head_share and torso_share exceed 1"),
+        (
+            {"finetune": {"loss": "pointwise"}},
+            "finetune: loss pointwise learns the targets' values, and labels grades_then_evidence are grades in some "
+            "lists and clicks from 0 to 1 in others; set labels: grades or labels: evidence",
+        ),
+        ({"finetune": {"loss": "margin", "margin_by_gap": True}}, "finetune: margin_by_gap learns the targets' values"),
         ({"sample": {"judged": 1, "shown": 0, "bm25": 0, "random": 0}}, "fewer than the 2 documents"),
         ({"score": {"actors": 3, "max_actors": 2}}, "max_actors 2 is less than actors 3"),
         (
@@ -141,6 +147,8 @@ def test_settings_that_contradict_each_other_are_refused(content, message):
         {"aggregate": {"validation_share": 0.4, "test_share": 0.5}},
         {"aggregate": {"head_share": 0.5, "torso_share": 0.5}},
         {"sample": {"judged": 1, "shown": 1, "bm25": 0, "random": 0}},
+        {"finetune": {"loss": "pointwise", "labels": "evidence"}},
+        {"finetune": {"loss": "margin", "margin_by_gap": True, "labels": "grades"}},
         {"finetune": {"tokens_per_batch": 384}, "distill": {"tokens_per_batch": 384}},
     ],
 )

@@ -24,10 +24,12 @@ GROUPS = [
 ]
 CFG = Finetune(
     epochs=2, lr=1e-2, tokens_per_batch=48, documents_per_list=2, workers=2, accumulate=2, validations=2,
-    loss="pointwise",
+    loss="pointwise", labels="grades",
 )  # fmt: skip
+LEAST_TOKENS = 12  # of a piece, under the name "pieces": the rows of a batch go in several, those of others at once
 SETTINGS = {
     "ddp": CFG,
+    "pieces": CFG,
     "fsdp": CFG.model_copy(update={"sharding": "fsdp"}),
     "recompute": CFG.model_copy(update={"sharding": "fsdp", "recompute": True}),
     "lora": CFG.model_copy(update={"sharding": "fsdp", "lora_rank": 2}),
@@ -52,8 +54,9 @@ def worker(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    found = {}
+    found, usual = {}, teacher.LEAST_TOKENS
     for name, cfg in SETTINGS.items():
+        teacher.LEAST_TOKENS = LEAST_TOKENS if name == "pieces" else usual
         run = fitted(cfg, folder, rank, 2)
         half = fitted(cfg, folder, rank, 2, stop=3)
         torch.save(half.state(), folder / f"{name}-{rank}.pt")
@@ -106,10 +109,23 @@ def test_2_workers_with_4_batches_a_step_are_1_worker_with_the_same_4(found, fol
     both = [one + other for one, other in zip(*ranks, strict=True)]
     alone = fit.Fit(teacher.scorer(folder, tokens, seed=1), task, both, CFG)
     list(alone.steps())
-    for name in ("ddp", "fsdp", "recompute"):
+    for name in ("ddp", "pieces", "fsdp", "recompute"):
         assert near(found[0][name]["weights"], spread.whole(alone.model)), name
         norms = [one["gradient_norm"] for one in found[0][name]["curve"]]
         assert norms == pytest.approx([one["gradient_norm"] for one in alone.curve], rel=1e-3)
+
+
+def test_the_pieces_of_a_batch_are_several_and_not_equally_many_on_each_rank(folder):
+    task = teacher.Ranking(GROUPS, GROUPS[:4], Tokens.load(folder), CFG)
+    pieces = [
+        [
+            int(task.batch(places).rows.real.sum()) // LEAST_TOKENS
+            for step in fit.steps(task, CFG, 3, rank, 2)
+            for places in step
+        ]
+        for rank in range(2)
+    ]
+    assert pieces[0] != pieces[1] and min(map(min, pieces)) > 1
 
 
 @pytest.mark.parametrize("name", SETTINGS)

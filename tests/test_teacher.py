@@ -130,6 +130,14 @@ def test_33_rows_go_in_8_pieces_of_like_length_and_their_scores_come_back_in_ord
     assert torch.allclose(found, whole, atol=1e-5)
 
 
+@torch.no_grad()
+def test_2_rows_with_the_tokens_of_5_pieces_go_in_2(scorer, tokens, monkeypatch):
+    rows = Rows.padded(tokens.prompts(["red"] * 2, ["blue", "shoe"], ["", "rain"]), tokens.contract.pad)
+    whole = teacher.raw_scores(scorer, rows)
+    monkeypatch.setattr(teacher, "LEAST_TOKENS", int(rows.real.sum()) // 5)
+    assert torch.allclose(teacher.raw_scores(scorer, rows), whole, atol=1e-5)
+
+
 def test_8_pieces_share_one_look_up_of_their_tokens_and_have_the_gradients_of_one(folder, tokens, monkeypatch):
     texts = ["warm " * (n * 7 % 13) for n in range(33)]
     rows = Rows.padded(tokens.prompts(["red"] * 33, ["blue"] * 33, texts), tokens.contract.pad)
@@ -217,6 +225,25 @@ def test_the_form_of_a_base_is_told_by_its_config(folder, tmp_path):
         contract.form(str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "form"),
+    [
+        ("gpt2", "GPT2LMHeadModel", "decoder"),
+        ("bloom", "BloomForCausalLM", "decoder"),
+        ("bert", "BertForMaskedLM", "encoder"),
+        ("xlm-roberta", "XLMRobertaForSequenceClassification", "encoder"),
+    ],
+)
+def test_a_language_head_is_known_by_its_class_whatever_its_name(model_type, architecture, form, tmp_path):
+    AutoConfig.for_model(model_type, architectures=[architecture]).save_pretrained(tmp_path)
+    assert contract.form(str(tmp_path)) == form
+
+
+def test_a_model_that_counts_no_positions_has_no_limit():
+    config = AutoConfig.for_model("bloom", vocab_size=9, hidden_size=8, n_layer=1, n_head=1)
+    contract.check_positions(AutoModelForSequenceClassification.from_config(config), 100_000, "teacher")
+
+
 def test_a_decoder_without_its_language_head_is_refused(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder).base_model.save_pretrained(tmp_path)
     with pytest.raises(Refused, match=r"LlamaModel has no causal head to pre-train with, and is no encoder"):
@@ -260,10 +287,18 @@ def test_lists_with_2_different_targets_are_learned_from_and_documents_without_o
     assert math.isnan(task.validate(torch.nn.Linear(1, 1))["pair_accuracy"])
 
 
+@pytest.mark.parametrize(
+    ("grades", "found"), [((1, 1), False), ((1, None), False), ((1, 0), True), ((), False), ((1, 1, 2), True)]
+)
+def test_a_list_is_comparable_where_two_targets_differ(grades, found):
+    docs = [doc(str(n), grade=grade) for n, grade in enumerate(grades)]
+    assert teacher.comparable(docs, Finetune(labels="grades")) == found
+
+
 @pytest.mark.parametrize("loss", ["margin", "ranknet", "listwise", "pointwise"])
 def test_the_loss_of_the_recipe_is_taken(scorer, tokens, loss):
     docs = [doc("a", title="shoe", grade=2), doc("b", title="rain", grade=1), doc("c", title="kids", grade=0)]
-    task = teacher.Ranking([group(docs=docs)], [], tokens, Finetune(loss=loss, margin=0.25))
+    task = teacher.Ranking([group(docs=docs)], [], tokens, Finetune(loss=loss, labels="grades", margin=0.25))
     batch = task.batch([0])
     with torch.no_grad():
         scores = teacher.raw_scores(scorer, batch.rows).view(1, 3)

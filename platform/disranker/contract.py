@@ -74,15 +74,9 @@ class Tokens:
         from transformers import AutoTokenizer
 
         named = AutoTokenizer.from_pretrained(folder)
-        if form == "encoder":
-            opened, closed = named.cls_token_id, named.sep_token_id
-        else:
-            opened, closed = named.bos_token_id, named.eos_token_id
-        if closed is None or named.pad_token_id is None or named.pad_token_id == closed:
-            raise Refused(
-                f"tokenizer in {folder}: the closing token ({closed}) and the padding token ({named.pad_token_id}) "
-                "must both exist and differ; set pad_token in its tokenizer_config.json"
-            )
+        opening, closing = ("cls_token", "sep_token") if form == "encoder" else ("bos_token", "eos_token")
+        opened, closed = (getattr(named, f"{name}_id") for name in (opening, closing))
+        _check_ends(folder, closing, closed, named.pad_token_id)
         pooling = limits.pooling if isinstance(limits, Teacher) else None
         if form == "encoder" and pooling == "mean":
             raise Refused(f"teacher.pooling mean is for decoders; {folder} holds an encoder")
@@ -151,13 +145,29 @@ class Tokens:
         return [*(prompt + document)[: c.max_tokens - 1], c.close], len(prompt)
 
 
+def _check_ends(folder: str | Path, closing: str, closed: int | None, pad: int | None) -> None:
+    """Raises `Refused` where a text cannot be closed, or padding cannot be told from the token that closes it."""
+    if closed is None:
+        fault, mend = f"no {closing}, which closes every text", f"set {closing}"
+    elif pad is None:
+        fault, mend = "no pad_token", f"set pad_token, to another token than {closing} ({closed})"
+    elif pad == closed:
+        fault, mend = f"one token ({pad}) for pad_token and {closing}", "set pad_token to another"
+    else:
+        return
+    raise Refused(f"tokenizer in {folder} has {fault}; {mend} in its tokenizer_config.json")
+
+
 def form(base: str) -> Form:
     """What kind of model lies in a folder or under a hub name.
 
     Raises `Refused` if none does, or one that could be a decoder but has lost its language head.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     if base == "scratch":
         return "decoder"
@@ -168,22 +178,27 @@ def form(base: str) -> Form:
             f"teacher.base {base}: no model there ({str(error).splitlines()[0]}); give a folder, a hub name, or scratch"
         ) from error
     architectures = config.architectures or []
-    if any("CausalLM" in name for name in architectures):
+    if set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):  # not all are called *ForCausalLM
         return "decoder"
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise Refused(
             f"teacher.base {base}: {', '.join(architectures) or config.model_type} has no causal head to pre-train "
-            "with, and is no encoder; give a *ForCausalLM model, or one of the kind of BERT"
+            "with, and is no encoder; give a causal language model, or one of the kind of BERT"
         )
     return "encoder"
 
 
 def check_positions(model: Any, max_tokens: int, section: str) -> None:
-    """Raises `Refused` where a Hugging Face model has no position for the last token of a text of `max_tokens`."""
+    """Raises `Refused` where a Hugging Face model has no position for the last token of a text of `max_tokens`.
+
+    A model that counts no positions, as Bloom, has no limit.
+    """
+    if (positions := getattr(model.config, "max_position_embeddings", None)) is None:
+        return
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     # RoBERTa counts positions from one more than the id of its padding.
     before = next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
-    if max_tokens > (most := model.config.max_position_embeddings - before):
+    if max_tokens > (most := positions - before):
         raise Refused(f"{section}.max_tokens {max_tokens}: the model of {section}.base has {most} positions")
 
 

@@ -43,7 +43,8 @@ class Task(Protocol):
 class Diverged(FloatingPointError):
     """A step that would have made the weights no finite numbers, and was not taken; every rank raises it at that step.
 
-    `queries` are those of this rank whose loss is not finite, or all of its step where the gradient alone is not.
+    `loss` is the mean over the batches of this rank. `queries` are those of this rank whose loss is not finite, or all
+    of its step where the gradient alone is not.
     """
 
     def __init__(self, step: int, loss: float, norm: float, queries: list[str]):
@@ -66,8 +67,9 @@ class Progress:
 def steps(task: Task, cfg: Training, seed: int, rank: int = 0, ranks: int = 1) -> list[list[list[int]]]:
     """The batches of each step of all epochs for one rank; every rank has equally many, and a batch goes to one only.
 
-    What is left over of an epoch, less than one batch a rank, is dealt in the next epoch's shuffle; the last step of an
-    epoch may have fewer batches than `accumulate`. Raises `Refused` where there is nothing to train on.
+    What is left over of an epoch, less than one batch a rank, is dealt in the next epoch's shuffle, and after the last
+    epoch not at all; the last step of an epoch may have fewer batches than `accumulate`. Raises `Refused` where there
+    is nothing to train on.
     """
     if not task.sizes:
         raise Refused("nothing to train on: no row of the training split has what this stage learns from")
@@ -167,7 +169,7 @@ class Fit:
         found: Any = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm)
         norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
         if not math.isfinite(norm):  # of all ranks together, so that all stop here
-            raise Diverged(self.done + 1, sum(losses), norm, self._not_finite(losses))
+            raise Diverged(self.done + 1, sum(losses) / len(losses), norm, self._not_finite(losses))
         self._adam.step()
         lr = self._schedule.get_last_lr()[0]
         self._schedule.step()
@@ -185,13 +187,14 @@ class Fit:
     def _not_finite(self, losses: Sequence[float]) -> list[str]:
         """Queries of the items of this step whose loss alone is not finite; of all of them, where no loss is such.
 
-        Under FSDP, where no rank can compute alone, of all items of a batch with such a loss.
+        Of all items of a batch with such a loss where no item alone has one, or under FSDP, where no rank can compute
+        alone.
         """
         planned = self.planned[self.done]
         bad = [batch for batch, loss in zip(planned, losses, strict=True) if not math.isfinite(loss)]
         items = [place for batch in bad or planned for place in batch]
         if bad and not isinstance(self.model, FSDPModule):
-            items = [place for place in items if not math.isfinite(self._loss_alone(place))]
+            items = [place for place in items if not math.isfinite(self._loss_alone(place))] or items
         return sorted({self.task.query(place) for place in items})
 
     @torch.no_grad()

@@ -116,7 +116,7 @@ def language(logits: Tensor, ids: Tensor, learned: Tensor, weights: Tensor) -> T
     logits [rows, length, vocabulary]; ids [rows, length]; learned is true at title, summary and closing tokens;
     weights [rows].
     """
-    chosen = learned[:, 1:]  # the head sees these alone: it is most of the cost of a small model
+    chosen = learned[:, 1:]  # the model made logits of all tokens; float32 and the softmax are of these alone
     each = cross_entropy(logits[:, :-1][chosen].float(), ids[:, 1:][chosen], reduction="none")
     weight = weights.unsqueeze(1).expand(chosen.shape)[chosen]
     return (each * weight).sum() / weight.sum().clamp(min=1e-9)

@@ -152,6 +152,17 @@ class Finetune(Training):
     margin_by_gap: bool = False  # the margin is that of a difference of 1 in the targets, and grows with it
     min_impressions: Amount = 5  # below, a pair's attractiveness is no label
 
+    @pydantic.model_validator(mode="after")
+    def _one_scale(self) -> Self:
+        # A loss that sees only the order within a list does not mind that lists differ in scale; these two do.
+        by_value = "margin_by_gap" if self.margin_by_gap else f"loss {self.loss}"
+        if (self.loss == "pointwise" or self.margin_by_gap) and self.labels == "grades_then_evidence":
+            raise ValueError(
+                f"{by_value} learns the targets' values, and labels {self.labels} are grades in some lists and clicks "
+                "from 0 to 1 in others; set labels: grades or labels: evidence"
+            )
+        return self
+
 
 class Score(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

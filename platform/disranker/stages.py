@@ -36,6 +36,8 @@ HOW = frozenset(
 
 # Of these a stage keeps what still holds: it was paid for, or took long to read.
 KEPT = frozenset({"documents", "judgments", "searches", "rejects", "labels"})
+# Of these the one before stands until there is another: what a training is refused for, or fails on, costs no model.
+MODELS = frozenset({"decoder", "teacher", "student"})
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,8 @@ def in_pieces(model: nn.Module, rows: Rows, compute: Callable[[Rows], Tensor]) -
     at once.
     """
     order = rows.real.sum(1).argsort()
-    pieces = 1 if isinstance(model, FSDPModule) else max(1, min(PIECES, int(rows.real.sum()) // LEAST_TOKENS))
+    most = min(PIECES, len(order), int(rows.real.sum()) // LEAST_TOKENS)
+    pieces = 1 if isinstance(model, FSDPModule) else max(1, most)
     with _looked_up_once(model, rows.ids) if pieces > 1 and torch.is_grad_enabled() else nullcontext():
         found = torch.cat([compute(rows.some(places)) for places in order.tensor_split(pieces)])
     return found[order.argsort()]
@@ -240,6 +241,11 @@ def targets(docs: Sequence[dict[str, Any]], cfg: Finetune) -> list[float | None]
     if cfg.labels == "grades" or (cfg.labels == "grades_then_evidence" and len(judged) > 1):
         return graded if judged else [None] * len(docs)
     return clicked
+
+
+def comparable(docs: Sequence[dict[str, Any]], cfg: Finetune) -> bool:
+    """Whether two documents of one list have different targets."""
+    return len(set(targets(docs, cfg)) - {None}) > 1
 
 
 def lists(groups: Sequence[dict[str, Any]], tokens: Tokens, cfg: Finetune) -> list[Group]:
