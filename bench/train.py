@@ -111,24 +111,29 @@ SMALL = {
 def finetune(plan: Plan, base: Path | None) -> Iterator[Line]:
     """The loop of the stage against CrossEncoderTrainer: same model, lists, loss, precision, tokens; by turns."""
     several = (plan.documents // 2, plan.documents, 2 * plan.documents, plan.sample_lists * plan.documents)
-    yield _against(plan, base, "finetune", "ranknet", several)
+    yield from _against(plan, base, "finetune", "ranknet", several)
 
 
 def distill(plan: Plan, base: Path | None) -> Iterator[Line]:
     """As `finetune`, with Margin-MSE; the teacher's scores are the grades, and nobody drops anything out."""
-    yield _against(plan, base, "distill", "margin-mse", (1, 2, 4, plan.sample_lists))
+    yield from _against(plan, base, "distill", "margin-mse", (1, 2, 4, plan.sample_lists))
 
 
-def _against(plan: Plan, base: Path | None, stage: str, theirs: str, several: Sequence[int]) -> Line:
-    at_once = fastest(plan, base, stage, theirs, several)
+def _against(plan: Plan, base: Path | None, stage: str, theirs: str, several: Sequence[int]) -> Iterator[Line]:
+    for precision in ("float32", "bfloat16"):
+        at_once = fastest(plan, base, stage, theirs, several, precision)
+        yield _compared(plan, base, stage, theirs, at_once, precision)
+
+
+def _compared(plan: Plan, base: Path | None, stage: str, theirs: str, at_once: int, precision: str) -> Line:
     ours, peer = [], []
     for _ in range(plan.runs):
-        ours.append(_ours(plan, base, plan.lists, stage))
-        peer.append(_peer(plan, base, plan.lists, theirs, steps=ours[-1]["steps"], at_once=at_once))
+        ours.append(_ours(plan, base, plan.lists, stage, "--precision", precision))
+        peer.append(_peer(plan, base, plan.lists, theirs, ours[-1]["steps"], at_once, precision))
     tokens = {said["tokens"] for said in ours + peer}
     if len(tokens) > 1:
         raise runs.Broken(f"the trainings saw different texts: {sorted(tokens)} tokens")
-    more = {"pairs": ours[0]["pairs"], "tokens": tokens.pop(), "peer_at_once": at_once}
+    more = {"precision": precision, "pairs": ours[0]["pairs"], "tokens": tokens.pop(), "peer_at_once": at_once}
     for name in ("steps", "padding", "loss"):
         more |= {name: claims.shown(ours[0][name]), f"peer_{name}": claims.shown(peer[0][name])}
     claim = f"train: {stage} vs CrossEncoderTrainer, {theirs}"
@@ -215,10 +220,10 @@ def _list(query: str, rows: list[dict[str, Any]], texts: dict[str, dict[str, str
     return {"query": query, "split": "train", "band": "head", "docs": docs}
 
 
-def fastest(plan: Plan, base: Path | None, stage: str, theirs: str, several: Sequence[int]) -> int:
+def fastest(plan: Plan, base: Path | None, stage: str, theirs: str, several: Sequence[int], precision: str) -> int:
     """How many pairs or lists of these the peer is best given to the model together."""
     steps = _ours(plan, base, plan.sample_lists, stage)["steps"]
-    rates = {count: _peer(plan, base, plan.sample_lists, theirs, steps, count)["rate"] for count in several}
+    rates = {count: _peer(plan, base, plan.sample_lists, theirs, steps, count, precision)["rate"] for count in several}
     return max(rates, key=lambda count: rates[count])
 
 
@@ -226,9 +231,11 @@ def _ours(plan: Plan, base: Path | None, lists: int, stage: str, *options: Any) 
     return runs.measured("bench.trainers", stage, "--recipe", plan.recipe(base, lists), *options)
 
 
-def _peer(plan: Plan, base: Path | None, lists: int, theirs: str, steps: int, at_once: int) -> dict[str, Any]:
+def _peer(
+    plan: Plan, base: Path | None, lists: int, theirs: str, steps: int, at_once: int, precision: str
+) -> dict[str, Any]:
     """With as many lists to a step as ours has on average, no more steps than ours."""
-    sizes = ["--lists-per-step", math.ceil(lists / steps), "--at-once", at_once]
+    sizes = ["--lists-per-step", math.ceil(lists / steps), "--at-once", at_once, "--precision", precision]
     return runs.measured("bench.trainers", theirs, "--recipe", plan.recipe(base, lists), *sizes)
 
 
