@@ -121,8 +121,8 @@ def test_what_the_head_asks_for_reaches_the_encoder(base):
 
 
 def test_a_training_has_the_head_only_where_its_weight_is_above_0(base, tokens):
-    plain, _ = training._model("distill", str(base), tokens, 1, Distill())
-    model, adapters = training._model("distill", str(base), tokens, 1, Distill(lexical=0.1, lora_rank=2))
+    plain, _ = training.model("distill", str(base), tokens, 1, Distill())
+    model, adapters = training.model("distill", str(base), tokens, 1, Distill(lexical=0.1, lora_rank=2))
     assert type(plain) is BertForSequenceClassification and isinstance(model, lexical.Telling)
     assert adapters.base_model.model is model.model
 

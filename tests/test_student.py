@@ -136,11 +136,9 @@ def test_a_narrower_student_has_the_vocabulary_of_its_base_and_random_weights_of
     assert torch.equal(table[0], table[1]) and not torch.equal(table[0], table[2])
 
 
-def test_sizes_beside_a_base_and_layers_of_no_base_are_refused():
+def test_sizes_beside_a_base_are_refused():
     with pytest.raises(ValueError, match="width are those of base; with take: none"):
         Student(base="x", width=48)
-    with pytest.raises(ValueError, match="take last is for a base"):
-        Student(take="last")
 
 
 def test_a_student_from_nothing_has_the_shape_of_the_recipe_and_the_same_weights_again(tmp_path):

@@ -93,7 +93,7 @@ def write(
         report=dict(report),
         files={file: _sha256(target / file) for file in (*files, CARD)},
     )
-    manifest.digest = manifest.found_digest()
+    manifest = manifest.model_copy(update={"digest": manifest.found_digest()})
     (target / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     return verify(target)
 

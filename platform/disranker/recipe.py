@@ -104,8 +104,6 @@ class Student(Model):
             raise ValueError(
                 f"{' and '.join(changed)} are those of base; with take: none a student is as the recipe says"
             )
-        if self.take != "first" and self.base == "scratch":
-            raise ValueError(f"take {self.take} is for a base, and scratch has none")
         return self
 
 
@@ -210,8 +208,7 @@ class Distill(Training):
             raise ValueError(f"loss {self.loss} learns scores; targets {self.targets} go with ranknet or margin")
         if self.pairs != "all" and not (hybrid and self.beta):
             raise ValueError(f"pairs {self.pairs} is a choice for Margin-MSE, which needs loss hybrid and beta above 0")
-        of = {"temperature": "kl", "margin": "margin", "alpha": "hybrid", "beta": "hybrid"}
-        for name, loss in of.items():
+        for name, loss in (("temperature", "kl"), ("margin", "margin")):
             if (value := getattr(self, name)) != type(self).model_fields[name].default and self.loss != loss:
                 raise ValueError(f"{name} {value:g} is for loss {loss}, not {self.loss}")
         if self.pair_share != type(self).model_fields["pair_share"].default and self.pairs not in ("gaps", "sampled"):
