@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from disranker import student, teacher
 from disranker.contract import Tokens
 from disranker.recipe import Finetune, Recipe
+from disranker.retrieval import BM25
 from disranker.stages import Step
 from disranker.store import Store
 from jobs import launch, parts, training
@@ -22,9 +24,13 @@ GRADES = Finetune(labels="grades")
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     check(recipe, store)
+    others = baselines(recipe, store) if recipe.distill.targets == "teacher" else {}
+    if others:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in others.items())
+        launch.say(f"distill: pairs in the order of the grades of validation queries: {shares}")
     with tempfile.TemporaryDirectory() as folder:
         start(recipe, store, Path(folder))
-        return training.run(recipe, store, step, Path(folder))
+        return training.run(recipe, store, step, Path(folder)) | {"baselines": others}
 
 
 def check(recipe: Recipe, store: Store) -> None:
@@ -43,6 +49,23 @@ def check(recipe: Recipe, store: Store) -> None:
 
     counts = parts.total(parts.each(recipe.ingest.parts, count, "distill: labels of parts looked up"))
     student.check_labels(counts, recipe.distill)
+
+
+def baselines(recipe: Recipe, store: Store) -> dict[str, float]:
+    """What `pair_accuracy` of the student will be beside: that of BM25 and the teacher; empty without any grades."""
+    groups = store.read("groups", where=pc.field("split") == "validation").to_pylist()
+    index, judge = BM25.of(store.read("documents").to_pylist()), Teacher.of(recipe, store)
+    lists: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = {"bm25": [], "teacher": []}
+    for group, given in zip(groups, judge.scores(groups), strict=True):
+        docs = group["docs"]
+        lexical = index.scores(group["query"], [doc["doc_id"] for doc in docs])
+        rows = zip(teacher.targets(docs, GRADES), lexical, given, strict=True)
+        if known := [row for row in rows if None not in row]:
+            targets, *models = zip(*known, strict=True)
+            for found, scores in zip(lists.values(), models, strict=True):
+                found.append((targets, scores))
+    shares = {name: student.in_order(found) for name, found in lists.items()}
+    return {name: share for name, share in shares.items() if share is not None}
 
 
 def start(recipe: Recipe, store: Store, folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -102,6 +103,21 @@ def test_each_training_says_how_it_went_and_keeps_its_best_weights(tiny_run):
         best = (min if metric == "perplexity" else max)(value for step, value in at.items() if step)
         assert counts["best"] == {"step": counts["best"]["step"], "metric": metric, "value": best}
         assert counts[metric] == best == at[counts["best"]["step"]]
+
+
+def test_a_student_is_measured_beside_bm25_and_its_teacher_on_the_grades_of_validation_queries(tiny, tiny_run):
+    others = tiny_run.manifest("student")["counts"]["baselines"]
+    assert others.keys() == {"bm25", "teacher"} and all(0 < share < 1 for share in others.values())
+    right = total = 0
+    groups = tiny_run.read("groups", where=pc.field("split") == "validation").to_pylist()
+    judge = Teacher.of(recipe.parse(tiny), tiny_run)
+    for group, scores in zip(groups, judge.scores(groups), strict=True):
+        grades = [0 if doc["grade"] is None and doc["source"] == "random" else doc["grade"] for doc in group["docs"]]
+        graded = any(doc["grade"] is not None for doc in group["docs"])
+        known = [row for row in zip(grades, scores, strict=True) if graded and None not in row]
+        above = [a[1] > b[1] for a in known for b in known if a[0] > b[0]]
+        right, total = right + sum(above), total + len(above)
+    assert others["teacher"] == right / total
 
 
 def test_the_curves_of_each_training_are_there_for_tensorboard(tiny_run):

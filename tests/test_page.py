@@ -283,6 +283,20 @@ def test_each_picture_of_learning_moves_with_its_own_numbers_alone():
     assert drawn({"finetune": chosen})[1] != accuracy
 
 
+def test_a_student_is_drawn_beside_the_levels_of_bm25_and_the_teacher_on_human_grades():
+    student = learned("teacher_pair_accuracy", {0: 0.5, 44: 0.8}, 44)
+    student["validations"] = [one | {"pair_accuracy": 0.6} for one in student["validations"]]
+    beside = student | {"baselines": {"bm25": 0.58, "teacher": 0.71}}
+    (stage,) = pages._learned({"distill": beside})
+    assert [caption for caption, _ in stage["pictures"]][2:] == [
+        "Pairs in the order of human grades, validation queries"
+    ]
+    assert len(drawn({"distill": student})) == 2
+    assert (
+        drawn({"distill": beside | {"baselines": {"bm25": 0.5, "teacher": 0.71}}})[2] != drawn({"distill": beside})[2]
+    )
+
+
 def test_perplexity_has_a_line_for_all_queries_and_for_each_band_that_was_measured():
     assert pages._lines(DECODER, "perplexity") == {
         "all": "perplexity",

@@ -160,6 +160,10 @@ def _lessons(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines = {name: _measured(counts, metric) for name, metric in _lines(counts, best["metric"]).items()}
         picture = pictures.validations(lines, (best["step"], best["value"]), called)
         drawn.append((f"{_capital(called)} on validation queries", picture))
+    if others := counts.get("baselines"):
+        graded = {"student": _measured(counts, "pair_accuracy")}
+        picture = pictures.validations(graded, None, "pair accuracy", others)
+        drawn.append(("Pairs in the order of human grades, validation queries", picture))
     return drawn
 
 

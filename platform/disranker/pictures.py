@@ -97,17 +97,29 @@ def means(values: Sequence[float], reach: int) -> list[float]:
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
 
 
-def validations(found: Mapping[str, Mapping[int, float]], best: tuple[int, float], label: str) -> str:
-    """A line over steps for each name of `found`, the first one strongest; `best` is a step and its value."""
+def validations(
+    found: Mapping[str, Mapping[int, float]],
+    best: tuple[int, float] | None,
+    label: str,
+    others: Mapping[str, float] | None = None,
+) -> str:
+    """A line over steps for each name of `found`, the first one strongest; `best` is a step and its value.
+
+    `others` learn nothing, and are drawn as levels.
+    """
+    levels = others or {}
 
     def draw(axes: "Axes") -> None:
         for i, (name, values) in enumerate(found.items()):
             colour, width, order = COLOURS[(2, 0, 1, 4)[i % 4]], 1 if i else 2, 2 if i else 3
             axes.plot(*_xy(values), "o-", color=colour, linewidth=width, zorder=order, markersize=4, label=name)
-        axes.plot(*best, "o", color=COLOURS[3], markersize=10, zorder=4, label="best")
+        for i, (name, level) in enumerate(levels.items()):
+            axes.axhline(level, color=COLOURS[(0, 1, 4)[i % 3]], linestyle="--", linewidth=1.2, label=name)
+        if best:
+            axes.plot(*best, "o", color=COLOURS[3], markersize=10, zorder=4, label="best")
         _plane(axes, "step", label, 5)
-        _scale(axes, [value for values in found.values() for value in values.values()])
-        _legend(axes, len(found) + 1)
+        _scale(axes, [*levels.values(), *(value for values in found.values() for value in values.values())])
+        _legend(axes, len(found) + len(levels) + bool(best))
 
     return _picture(draw, 5)
 
