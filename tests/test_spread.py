@@ -29,7 +29,7 @@ CFG = Finetune(
 LEAST_TOKENS = 12  # of a piece, under the name "pieces": the rows of a batch go in several, those of others at once
 SETTINGS = {
     "ddp": CFG,
-    "pieces": CFG,
+    "pieces": CFG.model_copy(update={"tokens_per_batch": 160, "epochs": 4}),  # 8 lists on one rank, 4 on the other
     "fsdp": CFG.model_copy(update={"sharding": "fsdp"}),
     "recompute": CFG.model_copy(update={"sharding": "fsdp", "recompute": True}),
     "lora": CFG.model_copy(update={"sharding": "fsdp", "lora_rank": 2}),
@@ -101,31 +101,26 @@ def near(one: spread.Weights, other: spread.Weights) -> bool:
     return one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
 
 
-def test_2_workers_with_4_batches_a_step_are_1_worker_with_the_same_4(found, folder):
+@pytest.mark.parametrize("name", ["ddp", "pieces", "fsdp", "recompute"])
+def test_2_workers_are_1_worker_with_the_batches_of_both(found, folder, name):
     """Ranks see different batches, the step is that of their mean: also where a worker holds half of each weight."""
-    tokens = Tokens.load(folder)
-    task = teacher.Ranking(GROUPS, GROUPS[:4], tokens, CFG)
-    ranks = [fit.steps(task, CFG, 3, rank, 2) for rank in range(2)]
+    tokens, cfg = Tokens.load(folder), SETTINGS[name]
+    task = teacher.Ranking(GROUPS, GROUPS[:4], tokens, cfg)
+    ranks = [fit.steps(task, cfg, 3, rank, 2) for rank in range(2)]
     both = [one + other for one, other in zip(*ranks, strict=True)]
-    alone = fit.Fit(teacher.scorer(folder, tokens, seed=1), task, both, CFG)
+    alone = fit.Fit(teacher.scorer(folder, tokens, seed=1), task, both, cfg)
     list(alone.steps())
-    for name in ("ddp", "pieces", "fsdp", "recompute"):
-        assert near(found[0][name]["weights"], spread.whole(alone.model)), name
-        norms = [one["gradient_norm"] for one in found[0][name]["curve"]]
-        assert norms == pytest.approx([one["gradient_norm"] for one in alone.curve], rel=1e-3)
+    assert near(found[0][name]["weights"], spread.whole(alone.model))
+    norms = [one["gradient_norm"] for one in found[0][name]["curve"]]
+    assert norms == pytest.approx([one["gradient_norm"] for one in alone.curve], rel=1e-3)
 
 
-def test_the_pieces_of_a_batch_are_several_and_not_equally_many_on_each_rank(folder):
-    task = teacher.Ranking(GROUPS, GROUPS[:4], Tokens.load(folder), CFG)
-    pieces = [
-        [
-            int(task.batch(places).rows.real.sum()) // LEAST_TOKENS
-            for step in fit.steps(task, CFG, 3, rank, 2)
-            for places in step
-        ]
-        for rank in range(2)
-    ]
-    assert pieces[0] != pieces[1] and min(map(min, pieces)) > 1
+def test_the_pieces_of_a_batch_are_8_on_one_rank_and_6_on_the_other(folder):
+    cfg = SETTINGS["pieces"]
+    task = teacher.Ranking(GROUPS, GROUPS[:4], Tokens.load(folder), cfg)
+    for steps in zip(*(fit.steps(task, cfg, 3, rank, 2) for rank in range(2)), strict=True):
+        tokens = [int(task.batch(places).rows.real.sum()) for (places,) in steps]
+        assert {min(teacher.PIECES, count // LEAST_TOKENS) for count in tokens} == {8, 6}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
