@@ -59,8 +59,9 @@ def lists(recipe: Recipe) -> list[Row]:
 
 def finetuned(recipe: Recipe, off: Sequence[str] = ()) -> dict[str, Any]:
     """The loop of the stage `finetune`; from texts on, so that tokenising counts."""
-    from disranker import fit, teacher
+    from disranker import dropout, fit, teacher
 
+    dropout.quicken()
     rows, cfg = lists(recipe), recipe.finetune
     tokens, model = start(recipe)
     seen = Seen().watch(teacher.hugging_face(model))

@@ -30,7 +30,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
-from disranker import fit, lexical, lora, spread, teacher, tracking
+from disranker import dropout, fit, lexical, lora, spread, teacher, tracking
 from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.fit import Task
@@ -97,6 +97,7 @@ def train(settings: dict[str, Any]) -> None:
     recipe, store, stage = recipes.parse(settings["recipe"]), Store(settings["root"]), settings["stage"]
     cfg: Training = getattr(recipe, stage)
     torch.set_num_threads(cfg.cpus_per_worker)
+    dropout.quicken()
     logging.getLogger().setLevel(logging.WARNING)  # Ray names some of its loggers by file: no other way to quiet them
     start = store.folder(f"{settings['run']}/start")
     tokens = Tokens.load(start)
