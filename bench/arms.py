@@ -130,7 +130,7 @@ def _pretrain(recipe: Recipe, folder: Path) -> str:
 def _train(job: Job) -> str:
     run, tokens, used = _trained(job.stage, job.recipe, job.start, job.task)
     measured = {"best": run.best, "validations": run.validations, "cpu_s": used}
-    scored = tally(scorer(run.model, tokens), listed(job.recipe, job.split))
+    scored = tally(scorer(run.model, tokens), listed(job.recipe.root, job.split))
     unfinished = job.file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({"arm": job.arm, "seed": job.recipe.seed, **measured, "tally": scored.tolist()}))
     unfinished.rename(job.file)
@@ -143,32 +143,27 @@ def _progress(measured: Found) -> str:
     return f"{said}{measured['cpu_s']:.0f} s"
 
 
-def listed(recipe: Recipe, split: str) -> list[dict[str, Any]]:
+def listed(root: str, split: str) -> list[dict[str, Any]]:
     """Graded documents of the queries of a split that have some, in the order of queries."""
-    groups = Store(recipe.root).read("groups", where=pc.field("split") == split).to_pylist()
+    groups = Store(root).read("groups", where=pc.field("split") == split).to_pylist()
     graded = [group | {"docs": [doc for doc in group["docs"] if doc["grade"] is not None]} for group in groups]
     return sorted((group for group in graded if group["docs"]), key=lambda group: group["query"])
 
 
 def tally(scores: Callable[[dict[str, Any]], list[float | None]], groups: Sequence[dict[str, Any]]) -> Array:
     """`metrics.tally` of a model that scores the documents of a group; None: it has no score of one."""
-    ids = {group["query"]: [doc["doc_id"] for doc in group["docs"]] for group in groups}
-    qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
-    run = {
-        group["query"]: {
-            doc: score for doc, score in zip(ids[group["query"]], scores(group), strict=True) if score is not None
-        }
-        for group in groups
-    }
-    return metrics.tally(qrels, run)
+    run: dict[str, dict[str, float]] = {}
+    for group in groups:
+        given = zip(group["docs"], scores(group), strict=True)
+        run[group["query"]] = {doc["doc_id"]: score for doc, score in given if score is not None}
+    return metrics.tally(metrics.judged(groups), run)
 
 
 def bm25(recipe: Recipe) -> Array:
     """The tally of BM25, by titles and summaries, on the test queries."""
     index = BM25.of(Store(recipe.root).read("documents").to_pylist())
-    return tally(
-        lambda group: index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]]), listed(recipe, "test")
-    )
+    ranked = lambda group: index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]])  # noqa: E731
+    return tally(ranked, listed(recipe.root, "test"))
 
 
 def _trained(

@@ -11,6 +11,7 @@ in is named with its reason and not measured.
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
-
-from bench import claims, mfu, runs, train
+from bench import arms, claims, mfu, runs, train
 from bench.claims import Line
+from disranker import metrics
 from disranker import recipe as recipes
 from disranker.recipe import Publish
 from disranker.store import Store
@@ -40,12 +40,11 @@ SIDE = 1024  # of the square matrices of which the peak is measured
 DYNAMIC = "model_int8.onnx"
 
 Form = Callable[[Path, "Contract", int], "Forward"]
-Group = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    store: Store
+    root: str  # of a run with groups and the model
     of: str  # the artefact with the model
     lists: int
     calibration: int
@@ -58,25 +57,24 @@ def measure(plan: Plan) -> Iterator[Line]:
     from disranker import engines, gate, speed
     from disranker.engine import Engine
 
-    tested = speed.spread(groups(plan.store, "test"), plan.lists)
+    tested, unable = speed.spread(arms.listed(plan.root, "test"), plan.lists), refused()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export(plan, folder)
         tokens = Engine(folder).tokens
-        made = {form: _engine(folder, form, plan.threads) for form in FORMS if form not in refused()}
+        made = {form: _engine(folder, form, plan.threads) for form in FORMS if form not in unable}
         lists = [tokens.listed(group["query"], group["docs"]) for group in tested]
         rates = speed.rates(made, lists, plan.rounds)
         scored = {form: speed.run(engine, tested) for form, engine in made.items()}
         cost = flops(engines.bert(folder, tokens.contract), [len(ids) for prompts in lists for ids, _ in prompts])
-    qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in tested}
-    agreed = speed.agreement(qrels, scored)
+    agreed = speed.agreement(metrics.judged(tested), scored)
     peaks = {precision: peak(precision, plan.rounds) for precision in {PRECISION[form] for form in made}}
     shared = {"threads": plan.threads, "lists": len(lists), "pairs": sum(map(len, lists))}
     for form, rate in rates.items():
         best = peaks[PRECISION[form]]
         more = {"of_peak": claims.shown(rate * cost / best), "peak_gflops": claims.shown(best / 1e9)}
         yield _line(f"engine: {form}", form, rates, agreed, None, **shared, **more)
-    for form, reason in refused().items():
+    for form, reason in unable.items():
         yield {"claim": f"engine: {form}", "ours": None, "refused": reason}
     chosen = speed.choose({form: {"pairs_per_s": [rates[form]]} for form in speed.CHOICE})
     bars = gate.engines({form: agreed[form] for form in {"torch", chosen}}, Publish())
@@ -84,8 +82,8 @@ def measure(plan: Plan) -> Iterator[Line]:
     yield _line("engine: chosen", chosen, rates, agreed, BAR, chosen=chosen, passes_gate=passes, **shared)
 
 
-def made_up(folder: Path, small: bool) -> Store:
-    """A store with lists of the made-up shop and a student of random weights, in the size of MiniLM-L6 or tiny."""
+def made_up(folder: Path, small: bool) -> str:
+    """The root of a store with made-up lists and a student of random weights, in the size of MiniLM-L6 or tiny."""
     from disranker import student
     from disranker.contract import Tokens
 
@@ -97,14 +95,7 @@ def made_up(folder: Path, small: bool) -> Store:
     made = Path(store.at("student"))
     student.shortened(recipe.student.base, made, recipe.student, recipe.seed)
     Tokens.agree(made, "encoder", recipe.student).contract.save(made)
-    return store
-
-
-def groups(store: Store, split: str) -> list[Group]:
-    """The lists of a split, graded documents alone."""
-    rows = store.read("groups", where=pc.field("split") == split).to_pylist()
-    found = [row | {"docs": [doc for doc in row["docs"] if doc["grade"] is not None]} for row in rows]
-    return [row for row in found if len(row["docs"]) > 1]
+    return recipe.root
 
 
 def export(plan: Plan, folder: Path) -> None:
@@ -114,12 +105,9 @@ def export(plan: Plan, folder: Path) -> None:
     from disranker import conversion, engines
     from disranker.engine import Engine
 
-    given = Path(plan.store.folder(plan.of))
-    for file in given.iterdir():
-        if file.is_file():
-            (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(Store(plan.root).folder(plan.of), folder, dirs_exist_ok=True)
     tokens = Engine(folder).tokens
-    trained = groups(plan.store, "train")[: plan.calibration]
+    trained = arms.listed(plan.root, "train")[: plan.calibration]
     conversion.export(folder, folder, [p for group in trained for p in tokens.listed(group["query"], group["docs"])])
     quantize_dynamic(folder / engines.FILES["onnx"][0], folder / DYNAMIC, weight_type=QuantType.QInt8)
 
@@ -239,9 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     runs.end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        store = Store(given.store) if given.store else made_up(Path(folder), given.small)
+        root = given.store or made_up(Path(folder), given.small)
         rounds = 1 if given.small else given.rounds
-        plan = Plan(store, given.of, given.lists, given.calibration, rounds, given.threads)
+        plan = Plan(root, given.of, given.lists, given.calibration, rounds, given.threads)
         for line in measure(plan):
             claims.emit(line, given.out)
     return 0

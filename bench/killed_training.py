@@ -114,7 +114,7 @@ def _measured(recipe: Recipe) -> dict[str, float]:
     counts, folder = store.manifest("teacher")["counts"], store.folder("teacher")
     tokens = Tokens.load(folder)
     scores = arms.scorer(teacher.scorer(folder, tokens, seed=0), tokens)
-    sums = arms.tally(scores, arms.listed(recipe, "test")).sum(0)
+    sums = arms.tally(scores, arms.listed(recipe.root, "test")).sum(0)
     found = {name: float(sums[METRICS.index(name), 0] / sums[METRICS.index(name), 1]) for name in ("ndcg@10", "pnr")}
     return {"steps": counts["steps"], "pair_accuracy": counts["best"]["value"]} | found
 

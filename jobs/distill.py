@@ -35,17 +35,15 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 
 def check(recipe: Recipe, store: Store) -> None:
     """Raises `Refused`, before any worker starts, where there is not what the student is to learn."""
-    judge = None
-    if recipe.distill.targets == "teacher":
-        judge, scores = Teacher.labelled(recipe, store), store.manifest("labels")["counts"]["scores"]
-        student.check_scale(scores["mean"], scores["deviation"])
+    if recipe.distill.targets != "teacher":
+        student.check_labels(training.comparable(recipe, store, hard(recipe), "distill"), recipe.distill)
+        return
+    judge, scores = Teacher.labelled(recipe, store), store.manifest("labels")["counts"]["scores"]
+    student.check_scale(scores["mean"], scores["deviation"])
 
     def count(part: int) -> dict[str, int]:
         groups = store.read("groups", part=part, where=pc.field("split") != "test").to_pylist()
-        if judge:
-            return parts.total(map(student.asked, groups, judge.scores(groups)))
-        train = [group["docs"] for group in groups if group["split"] == "train"]
-        return {"lists": sum(teacher.comparable(docs, hard(recipe)) for docs in train)}
+        return parts.total(map(student.asked, groups, judge.scores(groups)))
 
     counts = parts.total(parts.each(recipe.ingest.parts, count, "distill: labels of parts looked up"))
     student.check_labels(counts, recipe.distill)
@@ -64,7 +62,7 @@ def baselines(recipe: Recipe, store: Store) -> dict[str, float]:
             targets, *models = zip(*known, strict=True)
             for found, scores in zip(lists.values(), models, strict=True):
                 found.append((targets, scores))
-    shares = {name: student.in_order(found) for name, found in lists.items()}
+    shares = {name: teacher.in_order(found) for name, found in lists.items()}
     return {name: share for name, share in shares.items() if share is not None}
 
 

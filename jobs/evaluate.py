@@ -10,7 +10,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from disranker import page, perturb, report, slices, trec
+from disranker import metrics, page, perturb, report, slices, trec
 from disranker import store as stores
 from disranker.engine import Engine
 from disranker.metrics import Qrels, Run
@@ -30,7 +30,7 @@ Group = dict[str, Any]
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     groups = store.read("groups", where=TEST).to_pylist()
-    qrels = {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
+    qrels = metrics.judged(groups)
     # Before the models: a bad file, or labels of another teacher, are known in a second.
     Teacher.labelled(recipe, store)
     files = stores.expand(recipe.evaluate.runs, "runs", "evaluate")

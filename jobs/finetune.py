@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 from torch import nn
 
 from disranker import teacher
@@ -13,7 +12,7 @@ from disranker.contract import Tokens
 from disranker.recipe import Recipe, Refused
 from disranker.stages import Step
 from disranker.store import Store
-from jobs import launch, parts, training
+from jobs import launch, training
 
 
 def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
@@ -29,17 +28,12 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
 def check(recipe: Recipe, store: Store) -> None:
     """Raises `Refused`, before any worker starts, where no training list has anything to compare."""
     cfg = recipe.finetune
-
-    def count(part: int) -> dict[str, int]:
-        groups = store.read("groups", part=part, where=pc.field("split") == "train").to_pylist()
-        return {"lists": sum(teacher.comparable(group["docs"], cfg) for group in groups)}
-
-    if not parts.total(parts.each(recipe.ingest.parts, count, "finetune: targets of parts looked up"))["lists"]:
-        fewer = "" if cfg.labels == "grades" else f", or lower finetune.min_impressions ({cfg.min_impressions})"
-        raise Refused(
-            f"finetune: no training list has two different targets with labels {cfg.labels}; set other finetune.labels"
-            f"{fewer}"
-        )
+    if training.comparable(recipe, store, cfg, "finetune")["lists"]:
+        return
+    mend = "set other finetune.labels"
+    if cfg.labels != "grades":
+        mend += f", or lower finetune.min_impressions ({cfg.min_impressions})"
+    raise Refused(f"finetune: no training list has two different targets with labels {cfg.labels}; {mend}")
 
 
 def task(recipe: Recipe, store: Store, tokens: Tokens) -> teacher.Ranking:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from disranker import bundle, card, conversion, gate, lineage, speed
+from disranker import bundle, card, conversion, gate, lineage, metrics, speed
 from disranker.contract import Tokens
 from disranker.engine import Engine
 from disranker.gate import Bar
@@ -36,7 +36,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
         assembled = _assemble(folder, recipe, store)
         names = speed.present(cfg.int8)
         runs = speed.runs(assembled, names, tested)
-        measured = speed.agreement(_qrels(tested), runs)
+        measured = speed.agreement(metrics.judged(tested), runs)
         bars = [*gate.quality(found, cfg), *_in_service(recipe, tested, runs["torch"]), *gate.engines(measured, cfg)]
         _decide(bars, store)
         tokens = Tokens.load(assembled)
@@ -85,7 +85,7 @@ def _in_service(recipe: Recipe, tested: Groups, new: Run) -> list[Bar]:
         return []
     # In float32 both, so that the bar is about the students.
     old = speed.run(Engine.from_bundle(folder, engine="torch"), tested)
-    return [gate.in_service(_qrels(tested), new, old, recipe.publish, recipe.evaluate, recipe.seed)]
+    return [gate.in_service(metrics.judged(tested), new, old, recipe.publish, recipe.evaluate, recipe.seed)]
 
 
 def _decide(bars: Sequence[Bar], store: Store) -> None:
@@ -95,10 +95,6 @@ def _decide(bars: Sequence[Bar], store: Store) -> None:
         launch.say(f"publish: {bar.line}")
     if reasons := gate.reasons(bars):
         raise Failed("publish: the student does not pass the gate. " + " ".join(reasons))
-
-
-def _qrels(groups: Groups) -> dict[str, dict[str, int]]:
-    return {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
 
 
 if __name__ == "__main__":

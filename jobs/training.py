@@ -34,9 +34,10 @@ from disranker import dropout, fit, lexical, lora, spread, teacher, tracking
 from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.fit import Task
-from disranker.recipe import Distill, Recipe, Refused, Training
+from disranker.recipe import Distill, Finetune, Recipe, Refused, Training
 from disranker.stages import Step
 from disranker.store import Store
+from jobs import parts
 from jobs.launch import SAY_EVERY_S, Failed, say
 
 STATE = "state-{}.pt"  # of a rank
@@ -181,6 +182,16 @@ def groups(store: Store) -> dict[str, list[dict[str, Any]]]:
     return {
         split: store.read("groups", where=pc.field("split") == split).to_pylist() for split in ("train", "validation")
     }
+
+
+def comparable(recipe: Recipe, store: Store, labels: Finetune, stage: str) -> dict[str, int]:
+    """How many `lists` of the training split have two different targets by these labels."""
+
+    def count(part: int) -> dict[str, int]:
+        found = store.read("groups", part=part, where=pc.field("split") == "train").to_pylist()
+        return {"lists": sum(teacher.comparable(group["docs"], labels) for group in found)}
+
+    return dict(parts.total(parts.each(recipe.ingest.parts, count, f"{stage}: targets of parts looked up")))
 
 
 def texts(store: Store) -> Iterator[str]:

@@ -414,10 +414,9 @@ def test_a_table_has_both_intervals_of_a_difference_and_that_of_pnr_with_signs()
     row = {"name": "a - b", "value": -0.01, "low": -0.02, "high": 0.0, "queries_low": 0.1, "queries_high": 0.2}
     row |= {"seeds_above": 2, "seeds": 3, "p": 0.04, "holm": 0.08, "pnr": pnr}
     *_, line = arms.tables([], [row]).splitlines()
-    minus = MINUS
     assert line == (
-        f"| a - b | {minus}0.0100 | [{minus}0.0200, +0.0000] | [+0.1000, +0.2000] "
-        f"| 2 of 3 | 0.0400 | 0.0800 | +0.50 [{minus}0.25, +1.00] |"
+        f"| a - b | {MINUS}0.0100 | [{MINUS}0.0200, +0.0000] | [+0.1000, +0.2000] "
+        f"| 2 of 3 | 0.0400 | 0.0800 | +0.50 [{MINUS}0.25, +1.00] |"
     )
 
 

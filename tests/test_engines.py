@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,18 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exact(student):
     return Engine(student).scores(*some_pairs(40))
+
+
+def test_8_bits_are_made_without_a_word_and_without_a_change_to_the_handlers_of_others(student, tmp_path, capsys):
+    import nncf  # noqa: F401 - its logger exists from here on
+
+    handler = logging.StreamHandler()
+    logging.getLogger("nncf").addHandler(handler)
+    try:
+        conversion.export(student, tmp_path, Tokens.load(student).prompts(*some_pairs(8)))
+    finally:
+        logging.getLogger("nncf").removeHandler(handler)
+    assert handler.level == logging.NOTSET and "INFO:nncf" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])

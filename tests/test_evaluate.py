@@ -121,6 +121,16 @@ def test_a_run_of_others_stands_before_the_student_with_1_of_4_queries_and_its_o
     assert "better" in Path(made[1].at("report", "report.html")).read_text()
 
 
+def test_labels_of_another_teacher_are_refused_before_anything_is_scored(made, monkeypatch):
+    def another(recipe, store):
+        raise Refused("the labels are of teacher x")
+
+    monkeypatch.setattr(Graded, "labelled", another)
+    with pytest.raises(Refused, match="the labels are of teacher x"):
+        run(*made)
+    assert not made[1].written("scores")
+
+
 def test_a_bad_run_of_others_is_refused_before_anything_is_scored(made, tmp_path):
     (tmp_path / "old.run").write_text("red%20shoe Q0 d0 1 2.0\n")
     with pytest.raises(Refused, match=r"old\.run line 1: 5 columns"):

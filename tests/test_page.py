@@ -292,9 +292,8 @@ def test_a_student_is_drawn_beside_the_levels_of_bm25_and_the_teacher_on_human_g
         "Pairs in the order of human grades, validation queries"
     ]
     assert len(drawn({"distill": student})) == 2
-    assert (
-        drawn({"distill": beside | {"baselines": {"bm25": 0.5, "teacher": 0.71}}})[2] != drawn({"distill": beside})[2]
-    )
+    moved = beside | {"baselines": {"bm25": 0.5, "teacher": 0.71}}
+    assert drawn({"distill": moved})[2] != drawn({"distill": beside})[2]
 
 
 def test_perplexity_has_a_line_for_all_queries_and_for_each_band_that_was_measured():

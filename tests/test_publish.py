@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from test_engine import WORDS, save_student
 
-from disranker import bundle, recipe, report
+from disranker import bundle, metrics, recipe, report
 from disranker.contract import Tokens
 from disranker.engine import Engine
 from disranker.recipe import Evaluate
@@ -37,7 +37,7 @@ def store(tmp_path_factory):
     rows = [group(place, ("test", "train", "train")[place % 3]) for place in range(12)]
     store.write("groups", 0, rows)
     tested = [row for row in rows if row["split"] == "test"]
-    qrels = publish._qrels(tested)
+    qrels = metrics.judged(tested)
     run = publish.speed.run(Engine(student), tested)
     worst = {query: {doc: -float(grade) for doc, grade in of.items()} for query, of in qrels.items()}
     found = report.evaluate(qrels, {"bm25": worst, "teacher": run, "student": run}, Evaluate(resamples=50), 1)

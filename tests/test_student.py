@@ -168,12 +168,6 @@ def test_a_tokenizer_of_words_that_tie_is_the_same_3_times_and_knows_them(tmp_pa
     assert len(pieces) == TINY_STUDENT.vocabulary and {"a", "##a"} < pieces.keys()
 
 
-def test_3_of_4_pairs_of_2_lists_are_in_order_where_a_tie_is_not_and_equal_targets_do_not_count():
-    lists = [((2.0, 1.0, 0.0), (0.9, 0.5, 0.5)), ((1.0, 1.0), (0.1, 0.2)), ((0.0, 3.0), (-2.0, -1.0))]
-    assert student.in_order(lists) == 3 / 4
-    assert student.in_order([lists[1]]) is None is student.in_order([])
-
-
 @torch.no_grad()
 def test_a_score_is_the_same_alone_and_in_a_padded_batch(model, tokens):
     rows = tokens.prompts(["red"] * 3, ["blue", "shoe " * 6, ""], ["", "warm " * 9, "rain"])

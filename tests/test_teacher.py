@@ -333,3 +333,9 @@ def test_saving_to_a_folder_with_another_tokenizer_replaces_it(scorer, tokens, f
     save_student(tmp_path)
     teacher.save(scorer, tokens, folder, tmp_path)
     assert Tokens.load(tmp_path).contract.form == "decoder"
+
+
+def test_3_of_4_pairs_of_2_lists_are_in_order_where_a_tie_is_not_and_equal_targets_do_not_count():
+    lists = [((2.0, 1.0, 0.0), (0.9, 0.5, 0.5)), ((1.0, 1.0), (0.1, 0.2)), ((0.0, 3.0), (-2.0, -1.0))]
+    assert teacher.in_order(lists) == 3 / 4
+    assert teacher.in_order([lists[1]]) is None is teacher.in_order([])

@@ -129,7 +129,8 @@ def _parity(name: str, measured: Mapping[str, Any], cfg: Publish) -> Bar:
 def _loss(int8: float | None, floats: float, cfg: Publish) -> Bar:
     least = (1 - cfg.max_int8_loss) * floats
     if int8 is None:
-        return Bar("max_int8_loss", None, ">=", least, "A score in 8 bits is no finite number; publish.int8=false.")
+        why = "A score in 8 bits is no finite number; publish.int8=false releases the student without."
+        return Bar("max_int8_loss", None, ">=", least, why)
     return Bar(
         "max_int8_loss",
         int8,

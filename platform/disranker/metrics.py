@@ -6,9 +6,10 @@ denominators are ones; for PNR the two are concordant and discordant pairs, for 
 are one or the other. Resampling queries is then one product.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import ir_measures
 import numpy as np
@@ -151,6 +152,11 @@ def holm(p: Sequence[float]) -> list[float]:
     corrected = np.empty(len(p))
     corrected[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
     return [float(value) for value in corrected]
+
+
+def judged(groups: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """The judgments that stand in rows of `groups`, whose documents all have a grade."""
+    return {group["query"]: {doc["doc_id"]: doc["grade"] for doc in group["docs"]} for group in groups}
 
 
 def kendall_tau(a: Run, b: Run) -> float | None:

@@ -19,6 +19,11 @@ class Refused(ValueError):
     """Input or settings that a person must mend; jobs print the message alone and exit 2."""
 
 
+def _changed(settings: Settings, name: str) -> bool:
+    """Whether a setting has another value than its default: a recipe that was written out has all of them."""
+    return bool(getattr(settings, name) != type(settings).model_fields[name].default)
+
+
 class Aggregate(Settings):
     # auto: of the others, what agrees best with human grades on the validation queries; without grades, pbm
     click_model: Literal["auto", "ctr", "coec", "pbm", "dbn"] = "auto"
@@ -98,8 +103,7 @@ class Student(Model):
 
     @pydantic.model_validator(mode="after")
     def _has_one_size(self) -> Self:
-        fields = type(self).model_fields
-        changed = [name for name in ("width", "heads") if getattr(self, name) != fields[name].default]
+        changed = [name for name in ("width", "heads") if _changed(self, name)]
         if changed and self.base != "scratch" and self.take != "none":
             raise ValueError(
                 f"{' and '.join(changed)} are those of base; with take: none a student is as the recipe says"
@@ -209,9 +213,9 @@ class Distill(Training):
         if self.pairs != "all" and not (hybrid and self.beta):
             raise ValueError(f"pairs {self.pairs} is a choice for Margin-MSE, which needs loss hybrid and beta above 0")
         for name, loss in (("temperature", "kl"), ("margin", "margin")):
-            if (value := getattr(self, name)) != type(self).model_fields[name].default and self.loss != loss:
-                raise ValueError(f"{name} {value:g} is for loss {loss}, not {self.loss}")
-        if self.pair_share != type(self).model_fields["pair_share"].default and self.pairs not in ("gaps", "sampled"):
+            if _changed(self, name) and self.loss != loss:
+                raise ValueError(f"{name} {getattr(self, name):g} is for loss {loss}, not {self.loss}")
+        if _changed(self, "pair_share") and self.pairs not in ("gaps", "sampled"):
             raise ValueError(f"pair_share {self.pair_share:g} is for pairs gaps or sampled, not {self.pairs}")
         return self
 

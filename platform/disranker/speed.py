@@ -44,12 +44,10 @@ def run(engine: Engine, groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[s
 def agreement(qrels: Qrels, found: Mapping[str, Run]) -> Measured:
     """NDCG@10 of each engine's run; of all but torch also the largest difference of a score, and Kendall's tau.
 
-    None for each of them where a score of the engine is no finite number.
+    None for each of them where a score of the engine is no finite number. Raises `ValueError` where one of torch's is.
     """
     return {
-        name: _ndcg(qrels, scores) | ({} if name == "torch" else _nearness(scores, found["torch"]))
-        if _finite(scores)
-        else dict.fromkeys((HEADLINE, "max_difference", "kendall_tau"))
+        name: _ndcg(qrels, scores) if name == "torch" else _beside(qrels, scores, found["torch"])
         for name, scores in found.items()
     }
 
@@ -106,17 +104,16 @@ def _seconds(engine: Engine, lists: Sequence[Sequence[Prompt]]) -> float:
     return time.perf_counter() - began
 
 
-def _finite(scores: Run) -> bool:
-    return all(math.isfinite(score) for of in scores.values() for score in of.values())
+def _beside(qrels: Qrels, scores: Run, exact: Run) -> dict[str, float | None]:
+    if not all(math.isfinite(score) for of in scores.values() for score in of.values()):
+        return dict.fromkeys((HEADLINE, "max_difference", "kendall_tau"))
+    gaps = [abs(scores[query][document] - exact[query][document]) for query in exact for document in exact[query]]
+    near = {"max_difference": max(gaps), "kendall_tau": metrics.kendall_tau(scores, exact)}
+    return _ndcg(qrels, scores) | near
 
 
 def _ndcg(qrels: Qrels, scores: Run) -> dict[str, float | None]:
     return {HEADLINE: float(np.mean(metrics.per_query(qrels, scores)[HEADLINE]))}
-
-
-def _nearness(scores: Run, exact: Run) -> dict[str, float | None]:
-    gaps = [abs(scores[query][document] - exact[query][document]) for query in exact for document in exact[query]]
-    return {"max_difference": max(gaps), "kendall_tau": metrics.kendall_tau(scores, exact)}
 
 
 @contextmanager

@@ -177,19 +177,6 @@ def taught(
     ]
 
 
-def in_order(lists: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
-    """Share of in-query pairs with different targets whose scores are in their order; None without any.
-
-    lists: (targets, scores) of each; a tie in scores is wrong, as in `teacher.pair_accuracy`.
-    """
-    right = total = 0
-    for targets, scores in lists:
-        given, wanted = torch.tensor([scores]), torch.tensor([targets])
-        good, pairs = losses.pair_accuracy(given, wanted, torch.ones_like(wanted, dtype=torch.bool))
-        right, total = right + good, total + pairs
-    return right / total if total else None
-
-
 def standardised(scores: Sequence[float], mean: float, deviation: float) -> list[float]:
     """Raises `Refused` for a teacher that gives every document the same score."""
     check_scale(mean, deviation)

@@ -217,14 +217,24 @@ class Ranking:
 def pair_accuracy(model: nn.Module, groups: Sequence[Group], pad: int) -> float:
     """Share of in-query pairs with different targets that the model puts in the right order; NaN without any."""
     model.eval()
-    right, total = 0, 0
     device = next(model.parameters()).device
-    for group in groups:
-        batch = collate([group], pad).to(device)
-        good, all_pairs = losses.pair_accuracy(batch.spread(raw_scores(model, batch.rows)), batch.targets, batch.real)
-        right, total = right + good, total + all_pairs
+    scored = [(group.targets, raw_scores(model, Rows.padded(group.rows, pad).to(device)).tolist()) for group in groups]
     model.train()
-    return right / total if total else math.nan
+    share = in_order(scored)
+    return math.nan if share is None else share
+
+
+def in_order(lists: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """Share of in-query pairs with different targets whose scores are in their order; None without any.
+
+    lists: (targets, scores) of each; a tie in scores is wrong.
+    """
+    right = total = 0
+    for targets, scores in lists:
+        given, wanted = torch.tensor([scores]), torch.tensor([targets])
+        good, pairs = losses.pair_accuracy(given, wanted, torch.ones_like(wanted, dtype=torch.bool))
+        right, total = right + good, total + pairs
+    return right / total if total else None
 
 
 def targets(docs: Sequence[dict[str, Any]], cfg: Finetune) -> list[float | None]:
