@@ -73,14 +73,16 @@ class Plan:
     sweep_seed: int = 100  # none of those that are measured
     recipe: Mapping[str, Any] = field(default_factory=lambda: RECIPE)
     losses: tuple[str, ...] = tuple(LOSSES)
+    chosen: Mapping[str, Settings] = field(default_factory=lambda: PAIRS)
     layers: Mapping[str, Settings] = field(default_factory=lambda: LAYERS)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: SOURCES)
     settings: Mapping[str, Settings] = field(default_factory=lambda: SETTINGS)
 
     def arms(self) -> list[Arm]:
-        chosen = [Arm(name, LOSSES[name]) for name in self.losses]
-        chosen += [Arm(name, settings) for name, settings in PAIRS.items()]
-        chosen += [Arm(name, student=student) for name, student in self.layers.items()]
-        return chosen + [Arm(f"hybrid, {name}", sources=sources) for name, sources in SOURCES.items()]
+        arms = [Arm(name, LOSSES[name]) for name in self.losses]
+        arms += [Arm(name, settings) for name, settings in self.chosen.items()]
+        arms += [Arm(f"hybrid, {name}", sources=sources) for name, sources in self.sources.items()]
+        return arms + [Arm(name, student=student) for name, student in self.layers.items()]
 
     def pairs(self) -> list[tuple[str, str, str]]:
         """(what is compared, one arm, the other), all in one family of tests."""
@@ -184,12 +186,20 @@ def fixed(recipe: Recipe, seeds: int) -> dict[str, Array]:
 def esci(data: Path, model: Path, small: bool = False) -> dict[str, Any]:
     """Of a plan, what differs on products with grades and a log and with a pretrained BERT of six layers."""
     taught = esci_teacher.content(data, model, esci_teacher.ARMS[-1], data / "judgments.parquet", small)
-    student = {**taught["teacher"], "layers": 3, "take": "every_second"}
+    taught["finetune"] |= {"precision": "bfloat16"}
+    student = {**taught["teacher"], "layers": 2, "take": "every_second"}
     distill = {**esci_teacher.TRAINING, "epochs": 1, "lr": 1e-4, "precision": "bfloat16"}
-    layers = {"hybrid, 2 layers": {"layers": 2}, "hybrid, 6 layers": {"layers": 6, "take": "first"}}
+    layers = {"hybrid, 3 layers": {"layers": 3}, "hybrid, 6 layers": {"layers": 6, "take": "first"}}
     # Half of the pairs of its lists have a grade: two epochs are as much computing.
     settings = {"grades alone": {"epochs": 2}}
-    return {"recipe": taught | {"student": student, "distill": distill}, "layers": layers, "settings": settings}
+    return {
+        "recipe": taught | {"student": student, "distill": distill},
+        "layers": layers,
+        "settings": settings,
+        # Of these, one of a kind: all would be another half of an hour.
+        "chosen": {"hybrid, gaps": PAIRS["hybrid, gaps"]},
+        "sources": {"graded alone": SOURCES["graded alone"]},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
