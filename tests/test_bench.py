@@ -504,15 +504,16 @@ def test_students_are_compared_with_each_other_their_teacher_and_bm25(tiny_run, 
         assert found == pytest.approx(report[run]["ndcg@10"]["value"], abs=1e-6)
 
 
-def test_on_products_students_take_3_layers_of_the_model_whose_teacher_learned_from_grades_and_log():
+def test_on_products_students_take_2_layers_of_the_model_whose_teacher_learned_from_grades_and_log():
     shop = ablate_student.esci(Path("data"), Path("model"))
     plan = ablate_student.Plan(Path(), **shop)
     recipe = recipes.parse(plan.recipe | {"root": "x"})
-    assert (recipe.student.layers, recipe.student.take) == (3, "every_second")
+    assert (recipe.student.layers, recipe.student.take) == (2, "every_second")
     assert recipe.student.base == recipe.teacher.base == str(Path("model").absolute())
     assert recipe.finetune.labels == "grades_then_evidence" and recipe.sample.ungraded.head > 0
     layers = [dict(arm.student)["layers"] for arm in plan.arms() if arm.student]
-    assert layers == [2, 6] and not any(plan.settings.values())
+    assert layers == [3, 6] and plan.settings == {"grades alone": {"epochs": 2}}
+    assert len(plan.arms()) == 13 and {"hybrid, gaps", "hybrid, graded alone"} < {arm.name for arm in plan.arms()}
 
 
 def test_data_without_a_model_is_refused(capsys):
