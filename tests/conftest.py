@@ -104,6 +104,26 @@ def ray_here(cluster):
 
 
 @pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A bundle of a student of random weights."""
+    from test_engine import save_student
+
+    from disranker import bundle
+
+    folder = tmp_path_factory.mktemp("released")
+    bundle.write(folder / "bundle", save_student(folder / "student"), name="shoes", report={})
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def student(released):
+    """The engine of that bundle."""
+    from disranker.engine import Engine
+
+    return Engine(released)
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The recipe of a run that takes two minutes."""
     return TINY | {"root": str(tmp_path_factory.mktemp("tiny") / "run")}

@@ -3,6 +3,7 @@
 model.safetensors config.json tokenizer.json tokenizer_config.json contract.json   a plain Hugging Face folder
 model.onnx openvino_model.xml openvino_model.bin openvino_int8.xml openvino_int8.bin   other engines (`engines`)
 README.md report.html report.json                                                  for people
+selftest.json   some lists and the scores they have, which whoever loads it compares
 bundle.json   the manifest: which engine is chosen and why, what the student was made of, the sha256 of every file
 """
 
@@ -24,6 +25,7 @@ from disranker.recipe import Refused
 FORMAT = 2  # 1 had the weights alone
 MANIFEST = "bundle.json"
 CARD = "README.md"
+SELFTEST = "selftest.json"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", contract.FILE)
 ENGINE_FILES = tuple(file for files in engines.FILES.values() for file in files if file not in MODEL_FILES)
 REPORT_FILES = ("report.html", "report.json")
@@ -98,6 +100,14 @@ def write(
     return verify(target)
 
 
+def digest(folder: str | Path) -> str | None:
+    """That of the manifest in a folder, unchecked; None where there is none."""
+    try:
+        return _manifest(Path(folder)).digest
+    except Refused:
+        return None
+
+
 def verify(folder: str | Path) -> dict[str, Any]:
     """The manifest of a bundle in which every file is as it was written, and no other lies.
 
@@ -128,7 +138,8 @@ def _present(source: Path, engine: engines.Name) -> list[str]:
     needed = {*MODEL_FILES, *engines.FILES[engine], *(file for files in halves for file in files)}
     if missing := [file for file in (*MODEL_FILES, *ENGINE_FILES) if file in needed and not (source / file).is_file()]:
         raise Refused(f"{source} cannot be released: it has no {', '.join(missing)}")
-    return [file for file in (*MODEL_FILES, *ENGINE_FILES, *REPORT_FILES) if (source / file).is_file()]
+    every = (*MODEL_FILES, *ENGINE_FILES, *REPORT_FILES, SELFTEST)
+    return [file for file in every if (source / file).is_file()]
 
 
 def _for_cross_encoder(target: Path, agreed: contract.Contract) -> None:

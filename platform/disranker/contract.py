@@ -113,8 +113,8 @@ class Tokens:
         self, queries: Sequence[str], titles: Sequence[str], summaries: Sequence[str]
     ) -> list[tuple[list[int], int]]:
         """As `pairs`, with the number of ids of the query: the prompt of the language model, or segment 0."""
-        encoded = (self._encode(texts) for texts in (queries, titles, summaries))
-        return [self._pair(*fields) for fields in zip(*encoded, strict=True)]
+        encoded = (self.ids(texts) for texts in (queries, titles, summaries))
+        return [self.pair(*fields) for fields in zip(*encoded, strict=True)]
 
     def listed(self, query: str, docs: Sequence[dict[str, Any]]) -> list[tuple[list[int], int]]:
         """As `prompts`, for the documents of one query: rows with `title` and `summary`."""
@@ -127,15 +127,17 @@ class Tokens:
         room = c.max_tokens - len(opened) - 1
         return [
             [[*opened, *ids[start : start + room], c.close] for start in range(0, len(ids), room)]
-            for ids in self._encode(texts)
+            for ids in self.ids(texts)
         ]
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as a field of a pair, whole and without special tokens."""
         # A leading space gives a word the same ids at the start of a field as inside it (byte-level vocabularies).
         spaced = [f" {text}" if text else "" for text in texts] if self.contract.form == "decoder" else list(texts)
         return [encoding.ids for encoding in self._tokenizer.encode_batch(spaced, add_special_tokens=False)]
 
-    def _pair(self, query: list[int], title: list[int], summary: list[int]) -> tuple[list[int], int]:
+    def pair(self, query: list[int], title: list[int], summary: list[int]) -> tuple[list[int], int]:
+        """As `prompts`, from the ids of the fields of one pair."""
         c = self.contract
         separator = self._newline if c.form == "decoder" else [c.close]
         prompt = ([] if c.open is None else [c.open]) + query[: c.max_query_tokens] + separator
@@ -143,6 +145,14 @@ class Tokens:
         if summary:
             document = document + self._newline + summary
         return [*(prompt + document)[: c.max_tokens - 1], c.close], len(prompt)
+
+    def cuts(self, query: list[int], title: list[int], summary: list[int]) -> bool:
+        """Whether `pair` leaves some of these ids out."""
+        c = self.contract
+        if len(query) > c.max_query_tokens or len(title) > c.max_title_tokens:
+            return True
+        around = (c.open is not None) + len(self._newline) * bool(summary) + len(self._newline or [c.close]) + 1
+        return around + len(query) + len(title) + len(summary) > c.max_tokens
 
 
 def _check_ends(folder: str | Path, closing: str, closed: int | None, pad: int | None) -> None:

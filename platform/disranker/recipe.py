@@ -246,7 +246,7 @@ class Publish(Settings):
 
 class Serve(Settings):
     port: Annotated[int, Ge(0), Le(65535)] = 8000
-    tokens_per_batch: Count = 4096
+    tokens_per_batch: Count = 1024
     max_documents: Count = 1000
 
 

@@ -22,7 +22,7 @@ CHOICE: tuple[Name, ...] = ("torch", "openvino", "openvino-int8")  # of two as f
 Measured = dict[str, dict[str, Any]]  # by engine
 
 
-def runs(folder: str, names: Sequence[Name], groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def runs(folder: str, names: Sequence[Name], groups: Sequence[Mapping[str, Any]]) -> dict[Name, Run]:
     """engine -> query -> document -> score, of rows of `groups`."""
     return {name: run(Engine(folder, engine=name), groups) for name in names}
 
