@@ -92,7 +92,7 @@ class Plan:
         return found + [(f"{HYBRID.name} {MINUS} {name}", HYBRID.name, name) for name in ("teacher", "BM25")]
 
 
-RECIPE = ablate_teacher.RECIPE | {"distill": {"epochs": 2, "validations": 2}}  # 78 s of a core each
+RECIPE = ablate_teacher.RECIPE | {"distill": {"epochs": 2, "validations": 2}}  # about 65 s of a core each
 SMALL = {
     "seeds": 2,
     "losses": ("hybrid", "kl", "hard labels"),

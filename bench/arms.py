@@ -162,8 +162,11 @@ def tally(scores: Callable[[dict[str, Any]], list[float | None]], groups: Sequen
 def bm25(recipe: Recipe) -> Array:
     """The tally of BM25, by titles and summaries, on the test queries."""
     index = BM25.of(Store(recipe.root).read("documents").to_pylist())
-    ranked = lambda group: index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]])  # noqa: E731
-    return tally(ranked, listed(recipe.root, "test"))
+
+    def scores(group: dict[str, Any]) -> list[float | None]:
+        return index.scores(group["query"], [doc["doc_id"] for doc in group["docs"]])
+
+    return tally(scores, listed(recipe.root, "test"))
 
 
 def _trained(

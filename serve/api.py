@@ -241,7 +241,5 @@ def _id(request: Request) -> str:
 
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": kind}
-    for status, kind in faults.KINDS.items()
-    if status in (401, 403, 404, 413, 429, 503, 504)
+    status: {"description": kind} for status, kind in faults.KINDS.items() if status not in (405, 422)
 }

@@ -40,10 +40,6 @@ class Asked:
     request_id: str
     client: str | None = None  # who keeps an arm of an experiment
 
-    @property
-    def ids(self) -> list[str]:
-        return self.pairs.ids
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -138,12 +134,8 @@ class TeiRerank(pydantic.BaseModel):
     truncation_direction: Literal["right", "Right"] = "right"
 
     def pairs(self) -> Pairs:
-        queries, titles, ids = (
-            [self.query] * len(self.texts),
-            [""] * len(self.texts),
-            [named(text) for text in self.texts],
-        )
-        return Pairs(queries, titles, self.texts, ids, "query")
+        count, ids = len(self.texts), [named(text) for text in self.texts]
+        return Pairs([self.query] * count, [""] * count, self.texts, ids, "query")
 
     def reply(self, found: Scored) -> list[dict[str, Any]]:
         """Best first, without a word around it; that something was cut off stands in a header."""
@@ -163,13 +155,8 @@ def _named(names: Sequence[str]) -> Any:
 class Score(pydantic.BaseModel):
     """Of vLLM: one query and several documents, or as many queries as documents."""
 
-    queries: Annotated[
-        Text | list[Text], pydantic.Field(validation_alias=pydantic.AliasChoices("queries", "text_1", "data_1"))
-    ]
-    documents: Annotated[
-        str | list[str],
-        pydantic.Field(validation_alias=pydantic.AliasChoices("documents", "items", "text_2", "data_2")),
-    ]
+    queries: Annotated[Text | list[Text], _named(QUERIES)]
+    documents: Annotated[str | list[str], _named(DOCUMENTS)]
     use_activation: bool | None = None  # false: logits, not their sigmoid
     model: str | None = None
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,10 +49,7 @@ class Trial:
 
     experiment: Experiment
     candidate: Loaded
-    watch: Watch = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.watch = Watch(self.experiment)
+    watch: Watch
 
 
 class Reranker:
@@ -123,7 +120,7 @@ class Reranker:
         try:
             self._state().parent.mkdir(parents=True, exist_ok=True)
             unfinished = self._state().with_suffix(f".{os.getpid()}")
-            unfinished.write_text(json.dumps({"bundle": live.folder, "digest": live.digest}))
+            unfinished.write_text(json.dumps({"bundle": live.folder}))
             unfinished.replace(self._state())
         except OSError as error:  # no reason not to serve
             LOG.error("what serves is not written down: %s", error)
@@ -144,7 +141,7 @@ class Reranker:
             self._trial = None
             self._refuse(error)
             return
-        self._trial = Trial(experiment, candidate)
+        self._trial = Trial(experiment, candidate, Watch(experiment))
         self._look()
 
     def _look(self) -> None:
@@ -169,7 +166,7 @@ class Reranker:
 
     async def rerank(self, asked: Asked) -> Scored:
         """A raw logit for each pair. Raises `Fault` if there is none in time, or too much waits."""
-        live, trial = self._live(), self._trial if asked.ids else None
+        live, trial = self._live(), self._trial if asked.pairs.ids else None
         role: Role = rollout.assign(trial.experiment, asked.client, asked.request_id) if trial else "live"
         try:
             scored = await self._answered(asked, live, trial, role)
@@ -177,8 +174,6 @@ class Reranker:
             raise Fault(429, str(full), full.after_s) from None
         except Late:
             raise Fault(504, f"no answer within {asked.timeout_s:g} s") from None
-        except Fault:
-            raise
         except Exception as error:  # of the model, and nothing that the client sent
             LOG.exception("no scores for request %s", asked.request_id)
             raise Fault(503, "the model failed", 1.0) from error
@@ -263,14 +258,14 @@ class Reranker:
     # Records
 
     def _record(self, asked: Asked, scored: Scored, trial: Trial | None, role: Role) -> None:
-        if not (self._queries and asked.ids and cleaning.normalise(asked.pairs.queries[0])):
+        if not (self._queries and asked.pairs.ids and cleaning.normalise(asked.pairs.queries[0])):
             return  # a query of nothing but blanks, of whatever kind, is none for ingest either
         attributes = {"experiment": trial.experiment.name if trial else "", "arm": role, "bundle": self._live().digest}
         record = query_record(
             query_id=asked.request_id,
             client=asked.client or "anonymous",
             query=asked.pairs.queries[0],
-            hits=[asked.ids[place] for place in scored.ranked()],
+            hits=[asked.pairs.ids[place] for place in scored.ranked()],
             time=time.time(),
             application=self.settings.application,
             attributes=attributes,

@@ -1,17 +1,14 @@
 """What an operator may set: of the endpoint as a whole, and of what it serves."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import pydantic
-from annotated_types import Gt
 
 from disranker.engines import Name
+from disranker.inputs import Count, Positive, told
 from disranker.recipe import Refused
 from serve.rollout import Experiment
-
-Count = Annotated[int, Gt(0)]
-Positive = Annotated[float, Gt(0)]
 
 
 class _Settings(pydantic.BaseModel):
@@ -23,8 +20,7 @@ class _Settings(pydantic.BaseModel):
         try:
             return cls.model_validate(given)
         except pydantic.ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-            raise Refused(f"serve: {faults}; there are {', '.join(cls.model_fields)}") from error
+            raise Refused(f"serve: {told(error)}; there are {', '.join(cls.model_fields)}") from error
 
 
 class Settings(_Settings):

@@ -149,6 +149,12 @@ def test_a_new_replica_serves_what_served_last_where_the_present_bundle_is_broke
     assert run(second, state=str(tmp_path)) == scores(released, asked())
 
 
+def test_a_replica_on_another_host_without_keys_does_not_start(monkeypatch):
+    monkeypatch.setattr("serve.replica._host", lambda: "0.0.0.0")
+    with pytest.raises(Refused, match="there are no keys"):
+        Reranker(Settings())
+
+
 def test_before_a_bundle_is_there_requests_and_probes_are_a_503():
     async def work(replica):
         for call in (replica.rerank(asked()), replica.ready()):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pydantic
 
 from disranker import card, contract, engines
-from disranker.inputs import Settings
+from disranker.inputs import Settings, told
 from disranker.lineage import Chain
 from disranker.recipe import Refused
 
@@ -160,8 +160,7 @@ def _manifest(target: Path) -> Manifest:
     except OSError as error:
         raise Refused(f"{target} is no bundle: {MANIFEST}: {error.strerror}") from error
     except pydantic.ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise Refused(f"{target / MANIFEST} is no manifest: {faults}") from error
+        raise Refused(f"{target / MANIFEST} is no manifest: {told(error)}") from error
 
 
 def _check_format(target: Path, content: bytes) -> None:
