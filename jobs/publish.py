@@ -34,7 +34,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     tested = speed.spread(store.read("groups", where=pc.field("split") == "test").to_pylist(), cfg.test_lists)
     with tempfile.TemporaryDirectory() as folder:
         assembled = _assemble(folder, recipe, store)
-        names = speed.present(cfg.int8)
+        names = speed.present(cfg.bf16, cfg.int8)
         runs = speed.runs(assembled, names, tested)
         measured = speed.agreement(metrics.judged(tested), runs)
         bars = [*gate.quality(found, cfg), *_in_service(recipe, tested, runs["torch"]), *gate.engines(measured, cfg)]

@@ -40,8 +40,8 @@ TINY = {
     "publish": {
         "min_share_of_teacher": 0.0,
         "beat_bm25": False,
-        "max_int8_loss": 0.5,
-        "min_int8_tau": 0.0,
+        "max_rounding_loss": 0.5,
+        "min_rounding_tau": 0.0,
         "calibration_lists": 10,
         "timed_lists": 5,
         "timing_rounds": 2,

@@ -55,14 +55,34 @@ def test_8_bits_score_otherwise_than_float_and_rank_40_pairs_nearly_alike(studen
     assert np.corrcoef(scores, exact)[0, 1] > 0.98
 
 
-@pytest.mark.parametrize("name", engines.NAMES)
+def test_bfloat16_scores_otherwise_than_float32_and_ranks_40_pairs_alike_or_says_that_the_cpu_cannot(student, exact):
+    if reason := engines.unable("openvino-bf16"):
+        with pytest.raises(Refused, match=f"the engine openvino-bf16 does not run here: {reason}"):
+            Engine(student, engine="openvino-bf16")
+        return
+    scores = Engine(student, engine="openvino-bf16").scores(*some_pairs(40))
+    assert max(abs(np.subtract(scores, exact))) > 1e-4
+    assert np.corrcoef(scores, exact)[0, 1] > 0.99
+
+
+def test_a_cpu_without_bfloat16_is_told_and_does_not_compute_in_float32_instead(student, monkeypatch):
+    monkeypatch.setattr(engines.openvino().Core, "get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(Refused, match="openvino-bf16 does not run here: OpenVINO says that this CPU computes in FP32"):
+        Engine(student, engine="openvino-bf16")
+    assert engines.unable("openvino-int8") is None
+
+
+HERE = [name for name in engines.NAMES if not engines.unable(name)]
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_the_score_of_a_pair_does_not_depend_on_the_padding_of_its_batch(student, name):
     pairs = some_pairs(24)
     alone, together = (Engine(student, 1, budget, name).scores(*pairs) for budget in (1, 4096))
-    assert alone == pytest.approx(together, abs=2e-4)
+    assert alone == pytest.approx(together, abs=2e-4 if name != "openvino-bf16" else 0.02)
 
 
-@pytest.mark.parametrize("name", engines.NAMES)
+@pytest.mark.parametrize("name", HERE)
 def test_no_pairs_have_no_scores_in_any_engine(student, name):
     assert Engine(student, engine=name).scores([], [], []) == []
 
@@ -117,8 +137,10 @@ def test_an_engine_without_its_file_is_refused_and_not_replaced(student, tmp_pat
         Engine(tmp_path, engine=name)
 
 
-def test_an_unknown_engine_is_refused_with_the_4_that_there_are(student):
-    with pytest.raises(Refused, match="no engine 'tensorrt'; there are torch, onnx, openvino, openvino-int8"):
+def test_an_unknown_engine_is_refused_with_those_that_there_are(student):
+    with pytest.raises(
+        Refused, match="no engine 'tensorrt'; there are torch, onnx, openvino, openvino-bf16, openvino-"
+    ):
         Engine(student, engine="tensorrt")
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_engine import save_student
 
-from disranker import conversion, gate, speed
+from disranker import conversion, engines, gate, speed
 from disranker.engine import Engine
 from disranker.recipe import Publish
 
@@ -53,7 +53,11 @@ def test_an_engine_with_one_score_that_is_no_number_has_none_and_passes_no_bar(b
     found = speed.agreement(QRELS, {"torch": EXACT, "onnx": scores, "openvino": EXACT, "openvino-int8": scores})
     assert found["onnx"] == {"ndcg@10": None, "max_difference": None, "kendall_tau": None} == found["openvino-int8"]
     failed = [bar.name for bar in gate.engines(found, Publish()) if not bar.passed]
-    assert failed == ["max_difference, onnx", "max_int8_loss", "min_int8_tau"]
+    assert failed == [
+        "max_difference, onnx",
+        "max_rounding_loss, openvino-int8",
+        "min_rounding_tau, openvino-int8",
+    ]
 
 
 def test_speeds_are_measured_with_1_and_with_2_threads_and_torch_gets_its_threads_back(student):
@@ -81,17 +85,35 @@ def test_the_speed_is_all_pairs_over_the_median_of_the_rounds(student, monkeypat
         ({"torch": 10.0, "onnx": 99.0, "openvino": 20.0, "openvino-int8": 20.0}, "openvino"),
         ({"torch": 30.0, "onnx": 99.0, "openvino": 20.0, "openvino-int8": 25.0}, "torch"),
         ({"torch": 10.0, "onnx": 99.0, "openvino": 20.0}, "openvino"),
+        ({"torch": 10.0, "openvino": 20.0, "openvino-bf16": 30.0, "openvino-int8": 30.0}, "openvino-bf16"),
     ],
 )
-def test_the_fastest_with_all_threads_is_chosen_8_bits_only_if_faster_and_onnx_never(speeds, chosen):
-    others = {"torch": 1.0, "onnx": 2.0, "openvino": 900.0, "openvino-int8": 3.0}  # with one thread
+def test_the_fastest_with_all_threads_is_chosen_a_rounded_one_only_if_faster_and_onnx_never(speeds, chosen):
+    others = {
+        "torch": 1.0,
+        "onnx": 2.0,
+        "openvino": 900.0,
+        "openvino-bf16": 1.0,
+        "openvino-int8": 3.0,
+    }  # with one thread
     found = {name: {"pairs_per_s": [others[name], value]} for name, value in speeds.items()}
     assert speed.choose(found) == chosen
 
 
-def test_4_engines_with_8_bits_and_3_without():
-    assert speed.present(True) == ("torch", "onnx", "openvino", "openvino-int8")
-    assert speed.present(False) == ("torch", "onnx", "openvino")
+@pytest.mark.parametrize(
+    ("bf16", "int8", "able", "rounded"),
+    [
+        (True, True, ["FP32", "BF16"], ("openvino-bf16", "openvino-int8")),
+        (True, True, ["FP32"], ("openvino-int8",)),
+        (False, True, ["FP32", "BF16"], ("openvino-int8",)),
+        (True, False, ["FP32", "BF16"], ("openvino-bf16",)),
+    ],
+)
+def test_rounded_engines_are_there_where_they_are_wanted_and_the_cpu_computes_in_them(
+    bf16, int8, able, rounded, monkeypatch
+):
+    monkeypatch.setattr(engines.openvino().Core, "get_property", lambda *_: able)
+    assert speed.present(bf16, int8) == ("torch", "onnx", "openvino", *rounded)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ MANIFEST = "bundle.json"
 CARD = "README.md"
 SELFTEST = "selftest.json"
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", contract.FILE)
-ENGINE_FILES = tuple(file for files in engines.FILES.values() for file in files if file not in MODEL_FILES)
+ENGINE_FILES = tuple(
+    dict.fromkeys(file for files in engines.FILES.values() for file in files if file not in MODEL_FILES)
+)
 REPORT_FILES = ("report.html", "report.json")
 # None of them runs code when it is read, as a pickle does: ONNX and OpenVINO graphs name operations of the runtime, and
 # ask for others only where the program that reads them has registered a library of its own. OpenVINO's .bin are bare

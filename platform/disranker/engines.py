@@ -3,9 +3,11 @@
 torch          model.safetensors                             float32, any device's numbers compare with it
 onnx           model.onnx                                    float32, ONNX Runtime
 openvino       openvino_model.xml, openvino_model.bin        float32
+openvino-bf16  the same                                      bfloat16, on CPUs that compute in it
 openvino-int8  openvino_int8.xml, openvino_int8.bin          weights and activations in 8 bits
 
-All run on the CPU. A form whose files are absent is refused, never replaced by another.
+All run on the CPU. A form whose files are absent, or that the CPU cannot compute in, is refused, never replaced by
+another.
 """
 
 import sys
@@ -20,7 +22,7 @@ from disranker.batches import Rows
 from disranker.contract import Contract
 from disranker.recipe import Refused
 
-Name = Literal["torch", "onnx", "openvino", "openvino-int8"]
+Name = Literal["torch", "onnx", "openvino", "openvino-bf16", "openvino-int8"]
 Forward = Callable[[Rows], list[float]]  # a raw logit for each row
 
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -28,12 +30,15 @@ FILES: dict[Name, tuple[str, ...]] = {
     "torch": ("model.safetensors", "config.json"),
     "onnx": ("model.onnx",),
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
+    "openvino-bf16": ("openvino_model.xml", "openvino_model.bin"),
     "openvino-int8": ("openvino_int8.xml", "openvino_int8.bin"),
 }
 
 
 def load(folder: str | Path, name: Name, agreed: Contract, threads: int | None) -> Forward:
-    """The student in `folder` in one of its forms. Raises `Refused` if a file is absent or cannot serve the contract.
+    """The student in `folder` in one of its forms.
+
+    Raises `Refused` if a file is absent or cannot serve the contract, or the CPU does not compute in its numbers.
 
     `threads` is set for all of torch in this process, for the others for this engine alone; None leaves their default.
     """
@@ -41,13 +46,24 @@ def load(folder: str | Path, name: Name, agreed: Contract, threads: int | None) 
         raise Refused(f"no engine '{name}'; there are {', '.join(NAMES)}")
     if missing := [file for file in FILES[name] if not (Path(folder) / file).is_file()]:
         raise Refused(f"{folder} has no engine {name}: no {', '.join(missing)}")
+    if reason := unable(name):
+        raise Refused(f"{folder}: the engine {name} does not run here: {reason}")
     made: dict[Name, Callable[[], Forward]] = {
         "torch": lambda: Torch(Path(folder), agreed, threads),
         "onnx": lambda: Onnx(Path(folder) / FILES["onnx"][0], threads),
         "openvino": lambda: OpenVINO(Path(folder) / FILES["openvino"][0], threads),
+        "openvino-bf16": lambda: OpenVINO(Path(folder) / FILES["openvino-bf16"][0], threads, "bf16"),
         "openvino-int8": lambda: OpenVINO(Path(folder) / FILES["openvino-int8"][0], threads),
     }
     return made[name]()
+
+
+def unable(name: Name) -> str | None:
+    """Why this CPU does not run a form; None where it does. OpenVINO itself would compute in float32 without a word."""
+    if name != "openvino-bf16":
+        return None
+    able = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return None if "BF16" in able else f"OpenVINO says that this CPU computes in {', '.join(able)}"
 
 
 class Torch:

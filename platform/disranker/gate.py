@@ -9,6 +9,9 @@ from disranker.metrics import Qrels, Run
 from disranker.recipe import Evaluate, Publish
 from disranker.report import HEADLINE, Report
 
+# engine whose numbers are rounded -> the setting that leaves it out
+ROUNDED = {"openvino-bf16": "publish.bf16", "openvino-int8": "publish.int8"}
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -73,12 +76,13 @@ def in_service(qrels: Qrels, new: Run, old: Run, cfg: Publish, evaluate: Evaluat
 
 
 def engines(measured: Mapping[str, Mapping[str, Any]], cfg: Publish) -> list[Bar]:
-    """Each engine against torch, by what `speed.agreement` found: float ones to the digit, 8 bits by what they rank."""
+    """Each engine against torch, by what `speed.agreement` found: float32 to the digit, the others by how they rank."""
     bars = [_parity(name, of, cfg) for name, of in measured.items() if name in ("onnx", "openvino")]
-    if "openvino-int8" not in measured:
-        return bars
-    int8, floats = measured["openvino-int8"], measured["torch"]
-    return [*bars, _loss(int8[HEADLINE], floats[HEADLINE], cfg), _order(int8["kendall_tau"], cfg)]
+    for name in [name for name in ROUNDED if name in measured]:
+        rounded = measured[name]
+        bars += [_loss(name, rounded[HEADLINE], measured["torch"][HEADLINE], cfg)]
+        bars += [_order(name, rounded["kendall_tau"], cfg)]
+    return bars
 
 
 def _teacher(report: Report, cfg: Publish) -> Bar:
@@ -126,30 +130,31 @@ def _parity(name: str, measured: Mapping[str, Any], cfg: Publish) -> Bar:
     )
 
 
-def _loss(int8: float | None, floats: float, cfg: Publish) -> Bar:
-    least = (1 - cfg.max_int8_loss) * floats
-    if int8 is None:
-        why = "A score in 8 bits is no finite number; publish.int8=false releases the student without."
-        return Bar("max_int8_loss", None, ">=", least, why)
+def _loss(name: str, rounded: float | None, exact: float, cfg: Publish) -> Bar:
+    least = (1 - cfg.max_rounding_loss) * exact
+    if rounded is None:
+        why = f"A score of {name} is no finite number; {ROUNDED[name]}=false releases the student without."
+        return Bar(f"max_rounding_loss, {name}", None, ">=", least, why)
     return Bar(
-        "max_int8_loss",
-        int8,
+        f"max_rounding_loss, {name}",
+        rounded,
         ">=",
         least,
-        f"In 8 bits the student's NDCG@10 is {int8:.4f}, {least - int8:.4f} below the least that publish.max_int8_loss "
-        f"{cfg.max_int8_loss:.2%} allows under {floats:.4f}; publish.int8=false releases it without.",
+        f"As {name} the student's NDCG@10 is {rounded:.4f}, {least - rounded:.4f} below the least that "
+        f"publish.max_rounding_loss {cfg.max_rounding_loss:.2%} allows under {exact:.4f}; {ROUNDED[name]}=false "
+        "releases it without.",
     )
 
 
-def _order(tau: float | None, cfg: Publish) -> Bar:
+def _order(name: str, tau: float | None, cfg: Publish) -> Bar:
     found = "no number" if tau is None else f"{tau:.4f}"
     return Bar(
-        "min_int8_tau",
+        f"min_rounding_tau, {name}",
         tau,
         ">=",
-        cfg.min_int8_tau,
-        f"In 8 bits the student ranks otherwise than in float32: Kendall's tau is {found}, publish.min_int8_tau asks "
-        f"for {cfg.min_int8_tau:.4f}; publish.int8=false releases it without.",
+        cfg.min_rounding_tau,
+        f"As {name} the student ranks otherwise than in float32: Kendall's tau is {found}, publish.min_rounding_tau "
+        f"asks for {cfg.min_rounding_tau:.4f}; {ROUNDED[name]}=false releases it without.",
     )
 
 

@@ -235,8 +235,9 @@ class Publish(Settings):
     in_service: str | None = None  # a bundle, as a local folder: the student that serves now
     max_loss: Share = 0.01  # of NDCG@10 against it: the interval of the difference lies above the negative of it
     int8: bool = True  # the bundle has an engine of 8 bits
-    max_int8_loss: Share = 0.005  # of the NDCG@10 of float32
-    min_int8_tau: Annotated[float, Ge(-1), Le(1)] = 0.98  # Kendall's, mean over the lists, to the order of float32
+    bf16: bool = True  # and, where `publish` runs on a CPU that computes in it, one of bfloat16
+    max_rounding_loss: Share = 0.005  # of the NDCG@10 of float32, in either
+    min_rounding_tau: Annotated[float, Ge(-1), Le(1)] = 0.98  # Kendall's, mean over the lists, to the order of float32
     max_difference: Positive = 1e-3  # of a score of the float32 engines to torch's
     calibration_lists: Count = 100  # of the training split, for the ranges of 8 bits
     test_lists: Count = 1000  # that the engines are compared on, evenly over all

@@ -13,11 +13,11 @@ import torch
 
 from disranker import metrics
 from disranker.engine import Engine, Prompt
-from disranker.engines import FILES, Name
+from disranker.engines import FILES, Name, unable
 from disranker.metrics import Qrels, Run
 from disranker.report import HEADLINE
 
-CHOICE: tuple[Name, ...] = ("torch", "openvino", "openvino-int8")  # of two as fast, the plainer; onnx is for others
+CHOICE: tuple[Name, ...] = ("torch", "openvino", "openvino-bf16", "openvino-int8")  # of two as fast, the plainer
 
 Measured = dict[str, dict[str, Any]]  # by engine
 
@@ -81,14 +81,15 @@ def rates(made: Mapping[str, Engine], lists: Sequence[Sequence[Prompt]], rounds:
 
 
 def choose(speeds: Mapping[str, Mapping[str, Any]]) -> Name:
-    """The fastest with all threads; 8 bits only where they are faster than every float engine, in the same run."""
+    """The fastest with all threads, but onnx, which is for others; what is rounded only where that made it faster."""
     present = [name for name in CHOICE if name in speeds]
     return max(present, key=lambda name: speeds[name]["pairs_per_s"][-1])  # of equals, the first
 
 
-def present(int8: bool) -> tuple[Name, ...]:
-    """The engines of a bundle."""
-    return tuple(name for name in FILES if int8 or name != "openvino-int8")
+def present(bf16: bool, int8: bool) -> tuple[Name, ...]:
+    """The engines of a bundle that this CPU can run, with those of rounded numbers or without."""
+    wanted = {"openvino-bf16": bf16, "openvino-int8": int8}
+    return tuple(name for name in FILES if wanted.get(name, True) and not unable(name))
 
 
 def spread(groups: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
