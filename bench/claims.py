@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import runs
 
-SMALLER_IS_BETTER = {"s", "MiB"}
+SMALLER_IS_BETTER = {"s", "ms", "MiB"}
 LEAST = 1e-3  # in a ratio a measured 0 counts as this much, so that every ratio is a number
 
 Line = dict[str, Any]
@@ -73,7 +73,7 @@ def command(
     parser.add_argument("--out", type=Path, help="a file to add the lines to")
     if keeps:
         parser.add_argument("--folder", type=Path, help="where what is made up stays; default: nowhere")
-    numbers = [field.name for field in fields(plan) if isinstance(field.default, int)]
+    numbers = [field.name for field in fields(plan) if type(field.default) is int]
     for number in numbers:
         parser.add_argument(f"--{number.replace('_', '-')}", type=int, help=f"default {getattr(plan, number):,}")
     told = parser.parse_args(given)
