@@ -86,20 +86,22 @@ CLIENTS = {
     "cut while it is answered": Client((sized() + ASK,), (NOTHING,), cut=True),
     "cut in its body": Client((sized(), SLOW), (NOTHING,), cut=True),
 }
-# Of `X-Request-Id`, as bytes: Ray's proxy reads it before any of our code but `serve.front`.
-REQUEST_IDS = {
+# Of a header that Ray's proxy reads before any of our code but `serve.front`.
+VALUES = {
     "no UTF-8": b"\xff\xfe",
     "latin-1": "\u00e9".encode("latin-1"),
     "8000 letters": b"a" * 8000,
     "a tab": b"a\tb",
     "a control character": b"a\x01b",
     "nothing": b"",
+    "markup": b"<script>",
 }
-
-
-def named(header: bytes, value: bytes) -> Client:
-    """A sound request but for one header, which may be refused as no HTTP."""
-    return Client((sized(len(ASK), header + b": " + value) + ASK,), ((200,), (400,)))
+HEADERS = (b"x-request-id", b"x-session-id", b"serve-multiplexed-model-id", b"x-request-timeout-seconds")
+NAMED = {
+    f"{header.decode()}: {what}": Client((sized(len(ASK), header + b": " + value) + ASK,), ((200,), (400,)))
+    for header in HEADERS
+    for what, value in VALUES.items()
+}
 
 
 async def send(host: str, port: int, client: Client, within_s: float) -> Ended:
@@ -128,17 +130,16 @@ def _left_s(began: float, within_s: float) -> float:
 
 
 @contextlib.asynccontextmanager
-async def idle(host: str, port: int, count: int, said: bytes = b"") -> AsyncIterator[None]:
+async def idle(host: str, port: int, count: int, said: bytes = b"") -> AsyncIterator[list[asyncio.StreamReader]]:
     """Connections on which nothing comes, or the begin of a head."""
-    writers: list[asyncio.StreamWriter] = []
+    opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     try:
         for _ in range(count):
-            _, writer = await asyncio.open_connection(host, port)
-            writer.write(said)
-            writers.append(writer)
-        yield
+            opened.append(await asyncio.open_connection(host, port))
+            opened[-1][1].write(said)
+        yield [reader for reader, _ in opened]
     finally:
-        for writer in writers:
+        for _, writer in opened:
             writer.transport.abort()
 
 
