@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python -m bench.ablate_teacher --small
 	$(BIN)/python -m bench.ablate_student --small
 	$(BIN)/python -m bench.killed_training --small
+	$(BIN)/python -m bench.fuzz --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

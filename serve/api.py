@@ -1,5 +1,6 @@
 """The routes: rerank as Jina, Cohere, TEI and vLLM have it, and what operators ask."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
@@ -50,19 +51,28 @@ class Scorer(Protocol):
 
 
 class _Body(Request):
-    """A request whose body is bounded while it comes, and parsed without recursion."""
+    """A request whose body is bounded in bytes and time while it comes, and parsed without recursion."""
 
     settings: Settings
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
             self._check(int(self.headers.get("content-length") or 0))
-            read = bytearray()
-            async for chunk in self.stream():
-                read += chunk
-                self._check(len(read))
-            self._body = bytes(read)
+            limit_s = self.settings.timeout_s
+            try:
+                # Or whoever sends a byte now and then keeps one of the replica's places for as long as they like.
+                async with asyncio.timeout(limit_s):
+                    self._body = await self._read()
+            except TimeoutError:
+                raise Fault(408, f"the body did not come within {limit_s:g} s") from None
         return self._body
+
+    async def _read(self) -> bytes:
+        read = bytearray()
+        async for chunk in self.stream():
+            read += chunk
+            self._check(len(read))
+        return bytes(read)
 
     async def json(self) -> Any:
         try:

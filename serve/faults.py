@@ -13,6 +13,7 @@ KINDS = {
     403: "Forbidden",
     404: "NotFound",
     405: "MethodNotAllowed",
+    408: "TooSlow",
     413: "TooLarge",
     422: "Validation",
     429: "Overloaded",
@@ -20,12 +21,15 @@ KINDS = {
     504: "Deadline",
 }
 
+# After a 408 whatever else comes on the connection is the rest of a body that nobody waits for.
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}
+
 
 class Fault(HTTPException):
     """An answer that is none."""
 
     def __init__(self, status: int, message: str, retry_after_s: float | None = None):
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        headers = dict(HEADERS.get(status, {}))
         if retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
         super().__init__(status, message, headers)

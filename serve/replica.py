@@ -303,6 +303,8 @@ class Reranker:
         """What serves, after a pair went all the way through it. Raises `Fault` where it does not."""
         try:
             await self.check_health()
+        except Fault:
+            raise  # which says what is missing
         except Exception as error:
             raise Fault(503, f"the model does not answer: {type(error).__name__}", 1.0) from error
         found = {"status": "ok", "model": self.settings.model, "bundle": self._live().digest}

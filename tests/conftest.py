@@ -94,10 +94,12 @@ def ray_here(cluster):
     """This process as a driver of the cluster."""
     import ray
 
+    from serve import front
+
     ray.init(
         address=cluster.address,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}},
+        runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", **front.VARIABLES}},
     )
     yield
     ray.shutdown()

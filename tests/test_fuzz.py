@@ -1,7 +1,6 @@
 """What nobody should send: never a 500, never a hang. `python -m bench.fuzz` sends far more of it, over Ray Serve."""
 
 import asyncio
-import json
 
 import pytest
 import schemathesis
@@ -12,6 +11,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import status_code_conformance
 
+from bench import hostile
 from serve.api import api
 from serve.replica import Reranker
 from serve.settings import Settings
@@ -41,29 +41,8 @@ def test_what_our_own_schema_allows_or_forbids_gets_an_answer_that_it_names(appl
     fuzz()
 
 
-HOSTILE = {
-    "deep": b'{"query": "a", "documents": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
-    "10 MB in a string": json.dumps({"query": "a", "documents": ["x" * 10_000_000]}).encode(),
-    "1 MB in a string": json.dumps({"query": "a", "documents": ["x y " * 250_000]}).encode(),
-    "NUL": json.dumps({"query": "a\0b", "documents": ["\0", "a\0"]}).encode(),
-    "lone surrogate": rb'{"query": "\ud800", "documents": ["\udfff"]}',
-    "right to left": json.dumps({"query": "\u202eabc\u0627\u0644", "documents": ["\u200f", "\u202e" * 50]}).encode(),
-    "combining": json.dumps({"query": "a" + "\u0301" * 3000, "documents": ["\u0301" * 10_000]}).encode(),
-    "100k empty documents": json.dumps({"query": "a", "documents": [""] * 100_000}).encode(),
-    "100 empty documents": json.dumps({"query": "a", "documents": [""] * 100}).encode(),
-    "huge number": b'{"query": "a", "documents": ["a"], "top_n": ' + b"9" * 5000 + b"}",
-    "same key 1000 times": b"{" + b",".join([b'"query": "a"'] * 1000) + b', "documents": ["a"]}',
-    "1000 keys": json.dumps({"query": "a", "documents": [{"text": "a"} | {str(n): n for n in range(1000)}]}).encode(),
-    "wrong types": b'{"query": {"a": []}, "documents": {"b": null}, "top_n": []}',
-    "UTF-16": '{"query": "a", "documents": ["a"]}'.encode("utf-16"),
-    "latin-1": '{"query": "\u00e9", "documents": ["a"]}'.encode("latin-1"),
-    "nothing": b"",
-}
-
-
-@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/score", "/v1/events"])
-@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("path", hostile.PATHS)
+@pytest.mark.parametrize("content", hostile.BODIES.values(), ids=hostile.BODIES)
 def test_a_hostile_body_is_answered_or_refused(application, path, content):
     with TestClient(application, raise_server_exceptions=False) as client:
         reply = client.post(path, content=content, headers={"content-type": "application/json"})

@@ -160,7 +160,7 @@ def test_before_a_bundle_is_there_requests_and_probes_are_a_503():
         for call in (replica.rerank(asked()), replica.ready()):
             with pytest.raises(Fault) as fault:
                 await call
-            assert fault.value.status_code == 503
+            assert (fault.value.status_code, fault.value.detail) == (503, "no bundle is loaded yet")
 
     run(work)
 

@@ -1,3 +1,5 @@
+import asyncio
+import json
 import re
 import shutil
 import threading
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from test_engine import some_pairs
 
+from bench import hostile
 from disranker import bundle
 from disranker.recipe import Refused
 from serve.app import build, serve_here
@@ -29,6 +32,13 @@ def client(ray_here, released):
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
     ray.serve.shutdown()
+
+
+def replica_logs():
+    import ray
+
+    session = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1]
+    return list((session / "logs" / "serve").glob("replica_*.log"))
 
 
 def rerank(client, expect=200, **body):
@@ -144,6 +154,40 @@ def test_a_reply_carries_the_id_of_its_request(client):
     assert reply.headers["x-request-id"] == reply.json()["id"] == "r-7"
     reply = client.post("/v1/rerank", json={"query": "a", "documents": ["a"]})
     assert reply.headers["x-request-id"] == reply.json()["id"] != ""
+
+
+@pytest.mark.parametrize("name", hostile.NAMED)
+def test_no_header_makes_a_fault_of_rays_proxy(client, name):
+    ended = asyncio.run(hostile.send(client.base_url.host, client.base_url.port, hostile.NAMED[name], within_s=30))
+    assert not ended.hung and tuple(ended.statuses) in hostile.NAMED[name].statuses
+
+
+@pytest.mark.parametrize("given", [b"\xff", b"a" * 65, b"a b", b"<b>"])
+def test_an_id_that_is_not_plain_gives_way_to_one_that_header_and_body_share(client, given):
+    asked = {"query": "a", "documents": ["a"]}
+    reply = client.post("/v1/rerank", json=asked, headers=[(b"x-request-id", given)])
+    assert reply.headers.get_list("x-request-id") == [reply.json()["id"]] != [given.decode("latin-1")]
+
+
+def test_a_client_does_not_set_the_time_that_rays_proxy_waits(client):
+    asked = {"query": "a", "documents": TEXTS}
+    assert client.post("/v1/rerank", json=asked, headers={"x-request-timeout-seconds": "0.0001"}).status_code == 200
+
+
+def test_logs_as_the_config_file_asks_for_them_have_the_id_of_each_request_and_no_query(client, released):
+    import ray
+
+    config = yaml.safe_load((Path(__file__).parents[1] / "serve" / "config.yaml").read_text())
+    logging, args = config["logging_config"], LIMITS | {"bundle": str(released)}
+    ray.serve.run(build(args), name="disranker", route_prefix="/", logging_config=logging)
+    plain = client.post("/v1/rerank", json={"query": SECRET, "documents": [SECRET]}, headers={"x-request-id": "log-1"})
+    odd = client.post("/v1/rerank", json={"query": SECRET}, headers=[(b"x-request-id", b"\xff")])
+    assert (plain.status_code, odd.status_code) == (200, 422)
+    lines = [line for log in replica_logs() for line in log.read_text().splitlines() if line.startswith("{")]
+    found = {line["request_id"]: line["message"] for line in map(json.loads, lines) if "request_id" in line}
+    assert found["log-1"].startswith("POST /v1/rerank 200")
+    assert found[odd.headers["x-request-id"]].startswith("POST /v1/rerank 422")
+    assert not [line for line in lines if SECRET in line]
 
 
 def test_a_second_address_is_an_error_while_serve_runs(client, released):
