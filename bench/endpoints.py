@@ -18,6 +18,7 @@ import psutil
 import yaml
 
 from bench import runs
+from serve import front
 
 START_S = 300.0  # until a server answers
 CORES = os.cpu_count() or 1
@@ -117,7 +118,7 @@ class Endpoint:
     @property
     def variables(self) -> dict[str, str]:
         """Of the environment of each node, and of who speaks to them."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_ADDRESS": ""}
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_ADDRESS": ""} | front.VARIABLES
 
     @contextmanager
     def up(self) -> Iterator["Endpoint"]:
@@ -143,6 +144,7 @@ class Endpoint:
         (deployment,) = application["deployments"]
         deployment["user_config"]["bundle"] = str(bundle)
         deployment["ray_actor_options"]["num_cpus"] = cpus
+        deployment["max_replicas_per_node"] = replicas[1] // self.nodes or 1
         scaling = {
             "min_replicas": replicas[0],
             "max_replicas": replicas[1],

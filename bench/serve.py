@@ -350,7 +350,8 @@ def disturbed(plan: Plan, ours: Endpoint, name: str, event: Callable[[], Any], s
         time.sleep(plan.fault_seconds / 3)
         event()
         (said,) = finished()
-    runs.until(lambda: len(ours.workers("Reranker")) == 2, ours.processes[0], START_S, 0.5)
+    for word in ("Reranker", "ProxyActor"):
+        runs.until(lambda word=word: len(ours.workers(word)) == ours.nodes, ours.processes[0], START_S, 0.5)
     return _lost(name, said)
 
 
