@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python -m bench.ablate_student --small
 	$(BIN)/python -m bench.killed_training --small
 	$(BIN)/python -m bench.fuzz --small
+	$(BIN)/python -m bench.shoppers --small
 	$(BIN)/python -m bench.serve --small
 
 clean:

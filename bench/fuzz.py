@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -24,6 +24,9 @@ import psutil
 
 from bench import claims, engine, hostile, runs
 from bench.claims import Line
+
+if TYPE_CHECKING:
+    from serve.settings import Served, Settings
 
 TIMEOUT_S, MARGIN_S = 5.0, 10.0  # of the endpoint, and how much later an end still is no hang
 OURS = {"Unavailable", "Deadline"}  # what a 503 or 504 of ours says
@@ -66,7 +69,11 @@ class Tally:
 
 
 def measure(plan: Plan) -> Iterator[Line]:
-    with served(plan.folder) as url:
+    from serve.settings import Served, Settings
+
+    records = str(plan.folder / "records")
+    settings = Settings(max_documents=100, timeout_s=TIMEOUT_S, cache_mib=4, records=records)
+    with served(Served(bundle=tiny(plan.folder)), settings) as url:
         fuzz(url, max(CHUNK, plan.requests // 10), plan.seconds, warm := Tally())
         asyncio.run(clients(url, 2, plan.idle))
         before = memory()
@@ -96,19 +103,17 @@ def zero(claim: str, found: int, **more: Any) -> Line:
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The URL of a tiny student on a Ray of its own."""
+def served(config: "Served", settings: "Settings") -> Iterator[str]:
+    """The URL of an endpoint on a Ray of its own."""
     import ray
 
     from serve import front
     from serve.app import serve_here
-    from serve.settings import Served, Settings
 
-    settings = Settings(max_documents=100, timeout_s=TIMEOUT_S, cache_mib=4, records=str(folder / "records"))
     variables = {"PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'platform'}", "HF_HUB_OFFLINE": "1", **front.VARIABLES}
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     try:
-        yield serve_here(Served(bundle=tiny(folder)), settings, port=0)
+        yield serve_here(config, settings, port=0)
     finally:
         ray.serve.shutdown()
         ray.shutdown()
