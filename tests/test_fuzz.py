@@ -25,7 +25,8 @@ def application(released, tmp_path_factory):
     reranker.close()
 
 
-ROUTES = ["/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/events", "/v1/models", "/healthz", "/readyz"]
+RERANK = ["/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/compare"]
+ROUTES = [*RERANK, "/v1/events", "/v1/judgments", "/v1/models", "/healthz", "/readyz"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -62,7 +63,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/score", "/v1/events"])
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/score", "/v1/events", "/v1/compare", "/v1/judgments"])
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_body_is_answered_or_refused(application, path, content):
     with TestClient(application, raise_server_exceptions=False) as client:
