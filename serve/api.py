@@ -8,14 +8,14 @@ from typing import Annotated, Any, Protocol
 import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve import dialects, faults
+from serve import dialects, faults, page
 from serve.access import Forbidden, Key, Keys, Limiter, Right, Unauthorised
 from serve.dialects import Asked, Pairs, Score, Scored, TeiRerank
 from serve.faults import Fault
@@ -187,6 +187,10 @@ def _judgments(scorer: Scorer) -> APIRouter:
 
 def _about(scorer: Scorer) -> APIRouter:
     router = APIRouter(tags=["operations"])
+
+    @router.get("/", response_class=HTMLResponse, summary="a page to compare and judge")
+    async def front() -> HTMLResponse:
+        return HTMLResponse(page.html(), headers=page.headers())
 
     @router.get("/v1/models", response_model=None)
     async def models() -> dict[str, Any]:

@@ -26,7 +26,7 @@ def application(released, tmp_path_factory):
 
 
 RERANK = ["/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/compare"]
-ROUTES = [*RERANK, "/v1/events", "/v1/judgments", "/v1/models", "/healthz", "/readyz"]
+ROUTES = [*RERANK, "/v1/events", "/v1/judgments", "/", "/v1/models", "/healthz", "/readyz"]
 
 
 @pytest.mark.parametrize("path", ROUTES)

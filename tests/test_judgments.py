@@ -284,3 +284,4 @@ def test_who_judges_needs_the_right_judge_and_who_compares_the_right_rerank(clie
     assert [row["judge"] for row in kept] == ["anna"]
     assert compared(client, token=tokens["shop"])["new"]["name"] == "live"
     compared(client, 403, token=tokens["anna"])
+    assert client.get("/").status_code == 200
