@@ -27,7 +27,7 @@ BODIES = {
     "latin-1": '{"query": "\u00e9", "documents": ["a"]}'.encode("latin-1"),
     "nothing": b"",
 }
-PATHS = ("/v1/rerank", "/rerank", "/score", "/v1/events")  # that read a body
+PATHS = ("/v1/rerank", "/rerank", "/score", "/v1/events", "/v1/compare", "/v1/judgments")  # that read a body
 ASK = b'{"query": "red shoe", "documents": ["red shoe", "rain jacket"]}'
 SLOW = b'{"query": "r'  # of a body that never ends
 BYTE_S = 0.05  # between two bytes of a slow sender

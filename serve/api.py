@@ -1,4 +1,4 @@
-"""The routes: rerank as Jina, Cohere, TEI and vLLM have it, and what operators ask."""
+"""The routes: rerank as Jina, Cohere, TEI and vLLM have it, what judges see and say, and what operators ask."""
 
 import asyncio
 import json
@@ -9,17 +9,18 @@ from typing import Annotated, Any, Protocol
 import pydantic_core
 from fastapi import APIRouter, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve import dialects, faults
-from serve.access import Forbidden, Keys, Limiter, Right, Unauthorised
+from serve import dialects, faults, page
+from serve.access import Forbidden, Key, Keys, Limiter, Right, Unauthorised
 from serve.dialects import Asked, Pairs, Score, Scored, TeiRerank
 from serve.faults import Fault
+from serve.judgments import Comparison, Judgment
 from serve.observe import Observed
 from serve.records import MAX_EVENTS, Event
 from serve.settings import Settings
@@ -43,8 +44,14 @@ class Scorer(Protocol):
     async def rerank(self, asked: Asked) -> Scored:
         """Raises `Fault` if there is no answer in time, or too much waits."""
 
+    async def compare(self, asked: Asked) -> Comparison:
+        """Raises `Fault` as `rerank` does."""
+
     def keep(self, events: list[Event]) -> None:
         """Raises `Fault` where no events are kept."""
+
+    def judged(self, row: dict[str, Any]) -> None:
+        """Raises `Fault` where no judgments are kept."""
 
     async def ready(self) -> dict[str, Any]:
         """What serves. Raises `Fault` while nothing does."""
@@ -121,6 +128,7 @@ def api(scorer: Scorer) -> FastAPI:
     app.add_exception_handler(HTTPException, _refused)
     app.include_router(_rerank(scorer))
     app.include_router(_events(scorer))
+    app.include_router(_judgments(scorer))
     app.include_router(_about(scorer))
     return app
 
@@ -129,11 +137,7 @@ def _rerank(scorer: Scorer) -> APIRouter:
     router = _router(scorer, "rerank")
 
     async def scored(request: Request, response: Response, pairs: Pairs, model: str | None = None) -> Scored:
-        _check(pairs, model, scorer.settings)
-        limit_ms = request.headers.get("x-timeout-ms", "")
-        timeout_s = min(scorer.settings.timeout_s, int(limit_ms[:9]) / 1000 if limit_ms.isdecimal() else 1e9)
-        client = request.headers.get("x-client-id", "")[:MAX_CLIENT_CHARS].strip() or None
-        found = await scorer.rerank(Asked(pairs, timeout_s, _id(request), client))
+        found = await scorer.rerank(_asked(request, pairs, model, scorer.settings))
         response.headers[TRUNCATED] = str(sum(found.truncated))
         return found
 
@@ -157,6 +161,12 @@ def _rerank(scorer: Scorer) -> APIRouter:
     async def score(body: Score, request: Request, response: Response) -> dict[str, Any]:
         return body.reply(await scored(request, response, body.pairs(), body.model))
 
+    # The right to rerank is enough: a canary gives out a candidate's order too, and to look is not to vote.
+    @router.post("/v1/compare", response_model=None, summary="live and its candidate, to be judged")
+    async def compare(body: dialects.Group, request: Request) -> dict[str, Any]:
+        found = await scorer.compare(_asked(request, body.pairs(), body.model, scorer.settings))
+        return found.reply()
+
     return router
 
 
@@ -172,8 +182,25 @@ def _events(scorer: Scorer) -> APIRouter:
     return router
 
 
+def _judgments(scorer: Scorer) -> APIRouter:
+    router = _router(scorer, "judge")
+
+    @router.post("/v1/judgments", response_model=None, status_code=202, summary="Good, Same or Bad")
+    async def judgments(body: Judgment, request: Request) -> dict[str, Any]:
+        _check_length(body.query, "query", scorer.settings)
+        row = body.row(request.state.caller, time.time())
+        scorer.judged(row)
+        return {key: row[key] for key in ("id", "left", "verdict")}
+
+    return router
+
+
 def _about(scorer: Scorer) -> APIRouter:
     router = APIRouter(tags=["operations"])
+
+    @router.get("/", response_class=HTMLResponse, summary="a page to compare and judge")
+    async def front() -> HTMLResponse:
+        return HTMLResponse(page.html(), headers=page.headers())
 
     @router.get("/v1/models", response_model=None)
     async def models() -> dict[str, Any]:
@@ -200,7 +227,8 @@ def _router(scorer: Scorer, right: Right) -> APIRouter:
             handle = super().get_route_handler()
 
             async def handled(request: Request) -> Response:
-                _allow(scorer, request, right)  # before a byte of the body is read
+                key = _allow(scorer, request, right)  # before a byte of the body is read
+                request.state.caller = key.name if key else "anonymous"
                 return await handle(bounded(request.scope, request.receive))
 
             return handled
@@ -210,7 +238,7 @@ def _router(scorer: Scorer, right: Right) -> APIRouter:
     return APIRouter(route_class=Route, responses=_RESPONSES, dependencies=asked, tags=[right])
 
 
-def _allow(scorer: Scorer, request: Request, right: Right) -> None:
+def _allow(scorer: Scorer, request: Request, right: Right) -> Key | None:
     try:
         key = scorer.keys.caller(request.headers.get("authorization"), right)
     except Unauthorised as error:
@@ -219,16 +247,23 @@ def _allow(scorer: Scorer, request: Request, right: Right) -> None:
         raise Fault(403, str(error)) from None
     if wait_s := scorer.limiter.take(key):
         raise Fault(429, f"the key {key.name if key else ''} has had its requests of this minute", wait_s)
+    return key
 
 
-def _check(pairs: Pairs, model: str | None, settings: Settings) -> None:
+def _asked(request: Request, pairs: Pairs, model: str | None, settings: Settings) -> Asked:
     if model not in (None, settings.model):
         raise Fault(404, f"no model {model[:64]!r} here; it is {settings.model!r}, or left out")
-    longest = max(map(len, pairs.queries))
-    if longest > settings.max_query_chars:
-        message = f"{longest} characters are too many; at most {settings.max_query_chars}"
-        fault = {"type": "too_long", "loc": ("body", pairs.query_field), "msg": message}
-        raise RequestValidationError([fault])
+    _check_length(max(pairs.queries, key=len), pairs.query_field, settings)
+    limit_ms = request.headers.get("x-timeout-ms", "")
+    timeout_s = min(settings.timeout_s, int(limit_ms[:9]) / 1000 if limit_ms.isdecimal() else 1e9)
+    client = request.headers.get("x-client-id", "")[:MAX_CLIENT_CHARS].strip() or None
+    return Asked(pairs, timeout_s, _id(request), client)
+
+
+def _check_length(query: str, field: str, settings: Settings) -> None:
+    if len(query) > settings.max_query_chars:
+        message = f"{len(query)} characters are too many; at most {settings.max_query_chars}"
+        raise RequestValidationError([{"type": "too_long", "loc": ("body", field), "msg": message}])
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

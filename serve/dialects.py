@@ -93,13 +93,11 @@ class Document(pydantic.BaseModel):
         return named(f"{self.title or ''}\n{self.text or self.summary or ''}")
 
 
-class Rerank(pydantic.BaseModel):
-    """Of Jina, Cohere (v1 and v2) and vLLM."""
+class Group(pydantic.BaseModel):
+    """One query with its list."""
 
     query: Text
     documents: Annotated[list[Document], pydantic.Field(min_length=1, fail_fast=True)]
-    top_n: TopN = None
-    return_documents: bool | None = None
     model: str | None = None
 
     def pairs(self) -> Pairs:
@@ -107,6 +105,13 @@ class Rerank(pydantic.BaseModel):
         summaries = [document.text or document.summary or "" for document in self.documents]
         ids = [document.name() for document in self.documents]
         return Pairs([self.query] * len(titles), titles, summaries, ids, "query")
+
+
+class Rerank(Group):
+    """Of Jina, Cohere (v1 and v2) and vLLM."""
+
+    top_n: TopN = None
+    return_documents: bool | None = None
 
     def reply(self, found: Scored, version: str) -> dict[str, Any]:
         """`results` best first; equal scores keep the order of the documents."""

@@ -6,9 +6,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from ray.serve.context import _get_global_client
 
 from disranker import cleaning, interleaving
 from disranker.recipe import Refused
-from serve import rollout
+from serve import judgments, rollout
 from serve.access import Keys, Limiter, check_host
 from serve.api import api
 from serve.batching import Batcher, Full, Late
 from serve.dialects import Asked, Pairs, Scored, ranked
 from serve.encoding import Encoded
 from serve.faults import Fault
+from serve.judgments import GIVEN, Comparison, Ranking
 from serve.loaded import Loaded
 from serve.observe import Observed
 from serve.records import Event, Writer, query_record
@@ -71,7 +72,8 @@ class Reranker:
         self._refused: str | None = None  # why the last change was not made
         self._background: set[asyncio.Task[None]] = set()
         self._marker = Marker(Path(settings.state, "out")) if settings.state else None
-        self._queries, self._events = (self._writer(name) for name in ("ubi_queries", "ubi_events"))
+        names = ("ubi_queries", "ubi_events", judgments.PREFIX)
+        self._writers = self._queries, self._events, self._judgments = [self._writer(name) for name in names]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Asked for by `ray.serve.ingress()` once a replica is made."""
@@ -168,17 +170,27 @@ class Reranker:
         """A raw logit for each pair. Raises `Fault` if there is none in time, or too much waits."""
         live, trial = self._live(), self._trial if asked.pairs.ids else None
         role: Role = rollout.assign(trial.experiment, asked.client, asked.request_id) if trial else "live"
-        try:
+        with _told(asked):
             scored = await self._answered(asked, live, trial, role)
-        except Full as full:
-            raise Fault(429, str(full), full.after_s) from None
-        except Late:
-            raise Fault(504, f"no answer within {asked.timeout_s:g} s") from None
-        except Exception as error:  # of the model, and nothing that the client sent
-            LOG.exception("no scores for request %s", asked.request_id)
-            raise Fault(503, "the model failed", 1.0) from error
         self._record(asked, scored, trial, role)
         return scored
+
+    async def compare(self, asked: Asked) -> Comparison:
+        """The candidate against live, or live against the order in which documents were given. `Fault` as `rerank`.
+
+        Counts neither for the experiment nor in the records of queries: who judges does not search.
+        """
+        live, trial = self._live(), self._trial
+        with _told(asked):
+            if trial is None:
+                scored = await self._scores(asked, live, "live", 0)
+                given = Ranking("given", GIVEN, list(range(len(scored.logits))))
+                return Comparison(given, Ranking.by("live", live.digest, scored), scored)
+            scored, tried = await asyncio.gather(
+                self._scores(asked, live, "live", 0), self._scores(asked, trial.candidate, "candidate", 0)
+            )
+        old = Ranking.by("live", live.digest, scored)
+        return Comparison(old, Ranking.by("candidate", trial.candidate.digest, tried), scored)
 
     async def _answered(self, asked: Asked, live: Loaded, trial: Trial | None, role: Role) -> Scored:
         if trial is None or role in ("live", "shadow"):
@@ -280,6 +292,15 @@ class Reranker:
         for event in events:
             self._events.write(event.record())
 
+    def judged(self, row: dict[str, Any]) -> None:
+        """Writes a judgment. Raises `Fault` where no records are kept, or where it finds no room."""
+        if not (writer := self._judgments):
+            raise Fault(404, "no judgments are kept here: the setting records is empty")
+        lost = writer.dropped
+        writer.write(row)
+        if writer.dropped > lost:  # who judged can press again, other than a click
+            raise Fault(503, "the disk does not keep up", 1.0)
+
     def _writer(self, prefix: str) -> Writer | None:
         cfg = self.settings
         return Writer(cfg.records, prefix, cfg.record_bytes, cfg.record_age_s) if cfg.records else None
@@ -296,7 +317,7 @@ class Reranker:
         await asyncio.wait_for(asyncio.wrap_future(answer), self.settings.timeout_s)
 
     def _observe(self) -> None:
-        lost = sum(writer.dropped + writer.errors for writer in (self._queries, self._events) if writer)
+        lost = sum(writer.dropped + writer.errors for writer in self._writers if writer)
         self.observed.state(self._batcher.depth(), lost, self._trial.watch.summary() if self._trial else None)
 
     async def ready(self) -> dict[str, Any]:
@@ -317,7 +338,7 @@ class Reranker:
         self._batcher.close()
         self._encoding.shutdown()
         self._loading.shutdown()
-        for writer in (self._queries, self._events):
+        for writer in self._writers:
             if writer:
                 writer.close()
 
@@ -336,6 +357,20 @@ class Reranker:
 
     async def _in(self, thread: ThreadPoolExecutor, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, work, *given)
+
+
+@contextmanager
+def _told(asked: Asked) -> Iterator[None]:
+    """What goes wrong with an answer, as a client is told."""
+    try:
+        yield
+    except Full as full:
+        raise Fault(429, str(full), full.after_s) from None
+    except Late:
+        raise Fault(504, f"no answer within {asked.timeout_s:g} s") from None
+    except Exception as error:  # of the model, and nothing that the client sent
+        LOG.exception("no scores for request %s", asked.request_id)
+        raise Fault(503, "the model failed", 1.0) from error
 
 
 def _interleaved(candidate: Scored, live: Scored, request_id: str) -> Scored:

@@ -118,6 +118,18 @@ def released(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    """A bundle of another student."""
+    from test_engine import save_student
+
+    from disranker import bundle
+
+    folder = tmp_path_factory.mktemp("other")
+    bundle.write(folder / "bundle", save_student(folder / "student", num_hidden_layers=1), name="other", report={})
+    return str(folder / "bundle")
+
+
+@pytest.fixture(scope="session")
 def student(released):
     """The engine of that bundle."""
     from disranker.engine import Engine

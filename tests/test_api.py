@@ -194,6 +194,7 @@ def test_models_lists_the_one_that_is_served(client):
 def test_the_schema_names_every_route(client):
     paths = set(client.get("/openapi.json").json()["paths"])
     assert {"/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/models", "/healthz", "/readyz"} <= paths
+    assert {"/", "/v1/compare", "/v1/judgments"} <= paths
     assert client.get("/docs").status_code == 200
 
 

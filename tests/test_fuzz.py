@@ -25,7 +25,8 @@ def application(released, tmp_path_factory):
     reranker.close()
 
 
-ROUTES = ["/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/events", "/v1/models", "/healthz", "/readyz"]
+RERANK = ["/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/compare"]
+ROUTES = [*RERANK, "/v1/events", "/v1/judgments", "/", "/v1/models", "/healthz", "/readyz"]
 
 
 @pytest.mark.parametrize("path", ROUTES)

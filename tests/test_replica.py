@@ -6,9 +6,8 @@ import random
 import shutil
 
 import pytest
-from test_engine import save_student, some_pairs
+from test_engine import some_pairs
 
-from disranker import bundle
 from disranker.engine import Engine
 from disranker.recipe import Refused
 from serve.dialects import Asked, Rerank
@@ -17,14 +16,6 @@ from serve.replica import Reranker
 from serve.settings import Settings
 
 TRIAL = {"name": "e1", "kind": "canary", "share": 1.0, "watched": 1.0, "min_requests": 5}
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """A bundle of another student."""
-    folder = tmp_path_factory.mktemp("other")
-    bundle.write(folder / "bundle", save_student(folder / "student", num_hidden_layers=1), name="other", report={})
-    return str(folder / "bundle")
 
 
 @pytest.fixture
