@@ -281,7 +281,7 @@ def over_http(plan: Plan, better: str, worse: str, decided: int, shoppers: int) 
 
 
 async def canary(plan: Plan, live: str, bad: str) -> Line:
-    """How many answers a bad student gave until it was out by itself, and whether any was given after that."""
+    """How many answers a bad student gave until it was out by itself, and of how many searches."""
     records, experiment = plan.folder / "canary", {"name": "e", "kind": "canary", "bundle": bad, "share": 0.5}
     statuses, after = [], 100
     async with here(live, experiment, records) as client:

@@ -170,6 +170,8 @@ class Reranker:
         """A raw logit for each pair. Raises `Fault` if there is none in time, or too much waits."""
         live, trial = self._live(), self._trial if asked.pairs.ids else None
         role: Role = rollout.assign(trial.experiment, asked.client, asked.request_id) if trial else "live"
+        if trial and role == "candidate" and trial.watch.unproven():
+            role = "shadow"  # no user has the answers of a canary before it has shown that it is not plainly worse
         with _told(asked):
             scored = await self._answered(asked, live, trial, role)
         self._record(asked, scored, trial, role)

@@ -36,7 +36,7 @@ class Experiment(Settings):
     kind: Literal["shadow", "canary", "interleave"]
     bundle: str  # folder of the candidate
     share: Part  # of clients, or in a shadow of requests
-    watched: Part = 0.2  # of the candidate's own requests in a canary: live scores them too, to compare
+    watched: Part = 0.2  # of a canary's requests, once it answers: live scores them too, to compare
     max_error_rate: Share = 0.02
     max_latency_ratio: Positive = 2.0  # of the candidate's p95 to live's
     min_tau: Annotated[float, Ge(-1), Le(1)] = 0.5  # mean over requests that both scored
@@ -103,6 +103,11 @@ class Watch:
         """One `difference`; without a tau it does not count."""
         if tau is not None:
             self._compared.append((tau, top_changed, shift))
+
+    def unproven(self) -> bool:
+        """Whether too few requests were compared to judge the order, or it looks below the bar, by chance or not."""
+        taus = [tau for tau, *_ in self._compared]
+        return len(taus) < self._bars.min_requests or float(np.mean(taus)) < self._bars.min_tau
 
     def verdict(self) -> str | None:
         """The first bar that was missed, and by how much; None as long as there is none."""
