@@ -285,7 +285,8 @@ def test_an_answer_is_a_record_of_its_documents_in_order_and_of_its_arm(released
     ]
     assert {record["query_attributes"]["experiment"] for record in records} == {"e1"}
     assert [record["query_attributes"]["arm"] for record in records] == ["shadow"] * 5 + ["candidate"]
-    assert [record["query_id"] for record in records] == ["r0", "r1"] and records[1]["client_id"] == "c1"
+    assert [record["query_id"] for record in records] == [f"r{number}" for number in range(6)]
+    assert records[1]["client_id"] == "c1"
 
 
 def test_without_a_folder_nothing_is_written_and_events_are_a_404(released):
