@@ -71,9 +71,11 @@ def environment() -> dict[str, str]:
 @contextmanager
 def peers(folder: Path, bundle: Path, infinity: str | None) -> Iterator[list[Server]]:
     """vLLM at its best setting on CPUs, and infinity where it is; they stand still."""
+    # Its command line asks for a package of the name vllm, which the one for CPUs has not.
+    api_server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     commands: dict[str, tuple[list[str], str, dict[str, str]]] = {
         "vllm": (
-            [str(SCRIPTS / "vllm"), "serve", str(bundle), "--dtype", "bfloat16", "--served-model-name", "disranker"],
+            [*api_server, str(bundle), "--dtype", "bfloat16", "--served-model-name", "disranker"],
             "/v1/rerank",
             {"VLLM_CPU_OMP_THREADS_BIND": f"0-{CORES - 1}", "VLLM_CPU_KVCACHE_SPACE": "1"},
         )
@@ -87,7 +89,10 @@ def peers(folder: Path, bundle: Path, infinity: str | None) -> Iterator[list[Ser
             log, address = folder / f"{name}.log", f"http://127.0.0.1:{(port := runs.free_port())}"
             command += ["--host", "127.0.0.1", "--port", str(port)]
             process = stack.enter_context(running(command, log, **more))
-            runs.until(partial(_answers, f"{address}/health"), process, START_S, 0.5)
+            try:
+                runs.until(partial(_answers, f"{address}/health"), process, START_S, 0.5)
+            except runs.Broken as error:
+                raise runs.Broken(f"{name}: {error}: {log.read_text()[-2000:]}") from error
             found.append(Server(name, address + path, process))
             with found[-1].turn():
                 pass  # stands still from here on

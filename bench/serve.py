@@ -112,6 +112,8 @@ def cut(row: Mapping[str, Any], bundle: Path) -> Json:
 
     agreed = Contract.model_validate_json((bundle / "contract.json").read_text())
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
 
     def first(text: str, most: int) -> str:
         ends = [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]

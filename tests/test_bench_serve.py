@@ -1,9 +1,11 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from bench import runs, serve
 from bench.endpoints import environment
@@ -41,7 +43,7 @@ def test_what_a_client_lost_counts_whatever_had_no_200_in_the_end():
     assert serve._lost("a test", kept)["ratio"] == 1
 
 
-def test_texts_are_cut_so_that_neither_we_nor_a_peer_has_to(released):
+def test_texts_are_cut_so_that_neither_we_nor_a_peer_has_to(released, tmp_path):
     limits = Tokens.load(released).contract
     row = {
         "query": "red shoe " * 50,
@@ -50,7 +52,12 @@ def test_texts_are_cut_so_that_neither_we_nor_a_peer_has_to(released):
             {"title": "sale", "summary": "", "doc_id": "b", "grade": 0},
         ],
     }
+    padding = shutil.copytree(released, tmp_path / "padding")  # as that of MiniLM does
+    tokenizer = Tokenizer.from_file(str(padding / "tokenizer.json"))
+    tokenizer.enable_padding(length=128)
+    tokenizer.save(str(padding / "tokenizer.json"))
     found = serve.cut(row, released)
+    assert serve.cut(row, padding) == found and found["query"].startswith("red shoe red")
     assert found["ids"] == ["a", "b"] and found["grades"] == [1, 0] and found["texts"][1].strip() == "sale"
     tokens = Tokens.load(released)
     queries, titles, texts = [found["query"]] * 2, [""] * 2, found["texts"]
