@@ -45,7 +45,17 @@ from disranker.report import MINUS
 from disranker.store import Store
 
 ROOT = Path(__file__).parents[1]
-PARTS = {"__init__", "arms", "claims", "hostile", "mfu", "runs", "trainers"}  # what the programs share
+PARTS = {
+    "__init__",
+    "arms",
+    "claims",
+    "endpoints",
+    "hostile",
+    "load",
+    "mfu",
+    "runs",
+    "trainers",
+}  # what the programs share
 PROGRAMS = sorted({path.stem for path in (ROOT / "bench").glob("*.py")} - PARTS)
 SHAPE = made_up.Shape(documents=4, pair_tokens=48, query_tokens=5, instruction_tokens=16)
 
