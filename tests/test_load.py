@@ -105,7 +105,7 @@ def test_one_retry_after_429_503_or_a_broken_connection_and_none_after_500(serve
 
 def test_what_comes_after_its_deadline_is_late(server):
     (said,) = on(server, Stream(1, 16, closed=True), seconds=0.1, timeout_s=0.1)
-    assert said["requests"] == 16 and said["late"] >= 4  # of 0.8 s that the last takes, 0.6 are in time
+    assert said["requests"] >= 16 and said["late"] >= 4  # of 0.8 s that the last takes, 0.6 are in time
     (said,) = on(server, Stream(1, 1, closed=True), seconds=0.1, timeout_s=30)
     assert said["late"] == 0
 
