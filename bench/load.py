@@ -131,7 +131,7 @@ class Load:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if len(stream.faults) < 3:
                 stream.faults.append(f"{type(error).__name__}: {error}"[:200])
-            return 0, 0.0
+            return 0, 0.5  # a pool may have more connections to what died
 
 
 def bodies(lines: Sequence[dict[str, Any]], documents: int, dialect: str, model: str) -> list[bytes]:
