@@ -1,13 +1,14 @@
 """Pairs of all waiting requests, in batches of a bounded cost, on the one thread that runs the engine.
 
 A request is due at its arrival plus `PATIENCE` times the time its own pairs take: a small one passes a large one, but
-not for ever, since the large one came first. A batch is cut anew each time the engine is free, from whatever waits
-then; a large request so goes in pieces, with small ones between them.
+not for ever, since the large one came first. Each time the engine is free, a batch is cut from whatever waits then: a
+small request with others that it does not have to wait for, one of some size by itself, and of a large one a piece, so
+that small ones go between.
 """
 
 import threading
 import time
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ Answer = Future[Done]
 Clock = Callable[[], float]
 
 PATIENCE = 4.0
+WHOLE = 2  # batches: a request of no more runs in one forward pass, which is faster than two
+PIECES = 2  # of a batch, for what is larger: who comes meanwhile waits for one of them
+PADDED = 1.2  # as many times the tokens may requests have together as they have each alone
 SMOOTHING = 0.1  # weight of the last batch in the speed that is expected of the next
 
 
@@ -60,6 +64,10 @@ class _Work:
     def length(self, row: int) -> int:
         return len(self.prompts[row][0])
 
+    def area(self) -> int:
+        """Tokens of the rows that are left, as one batch."""
+        return len(self.left) * self.length(self.left[-1])
+
 
 class Batcher:
     """Takes requests from any thread, each of at least one pair; ends with `close()`."""
@@ -72,7 +80,7 @@ class Batcher:
         clock: Clock = time.monotonic,
         ran: Callable[[list[int]], None] = lambda lengths: None,
     ):
-        """`tokens_per_batch`: of a forward pass, padding included; a longer pair goes alone.
+        """`tokens_per_batch`: of requests that go together, padding included.
 
         `max_wait_s`: a request is refused if what waits already would take longer. `tokens_per_s`: a first guess of
         the engine's speed; each batch corrects it. `ran` is told the lengths of the pairs of each.
@@ -134,7 +142,7 @@ class Batcher:
             self._score(batch)
 
     def _next(self) -> list[tuple[_Work, int]]:
-        """Rows of one batch: of what is due first its longest, then of all others for the same model what fits best."""
+        """Rows of one batch: what is due first, with others that end with it; or a piece of it, its longest rows."""
         now = self._clock()
         for work in list(self._waiting):
             if work.answer.cancelled():
@@ -145,15 +153,16 @@ class Batcher:
             return []
         first = self._waiting[0]
         longest = first.length(first.left[-1])
-        room = max(1, self._tokens_per_batch // longest)
-        batch: list[tuple[_Work, int]] = []
-        for work in [each for each in self._waiting if each.forward == first.forward]:
-            # No row longer than the first, which would make all of the batch longer.
-            fitting = bisect_left(work.left, longest + 1, key=work.length)
-            batch += [(work, row) for row in self._take(work, max(0, fitting - room + len(batch)), fitting)]
-            if len(batch) == room:
-                break
-        return batch
+        if first.area() > WHOLE * self._tokens_per_batch:
+            fitting = max(1, self._tokens_per_batch // PIECES // longest)
+            return [(first, row) for row in self._take(first, len(first.left) - fitting, len(first.left))]
+        together, rows, apart = [first], len(first.left), first.area()
+        for work in [each for each in self._waiting[1:] if each.forward == first.forward]:
+            longer, more = max(longest, work.length(work.left[-1])), len(work.left)
+            if longer * (rows + more) <= min(self._tokens_per_batch, PADDED * (apart + work.area())):
+                longest, rows, apart = longer, rows + more, apart + work.area()
+                together.append(work)
+        return [(work, row) for work in together for row in self._take(work, 0, len(work.left))]
 
     def _take(self, work: _Work, start: int, end: int) -> list[int]:
         rows = work.left[start:end]

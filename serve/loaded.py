@@ -8,6 +8,7 @@ from disranker import bundle, selftest
 from disranker.contract import Tokens
 from disranker.engine import Engine, Prompt
 from disranker.recipe import Refused
+from serve.batching import WHOLE
 from serve.encoding import Encoder
 from serve.settings import Settings
 
@@ -30,7 +31,7 @@ class Loaded:
         manifest = bundle.verify(folder)
         name = settings.engine or manifest["engine"]
         try:
-            engine = Engine(folder, settings.threads, settings.tokens_per_batch, name)
+            engine = Engine(folder, settings.threads, WHOLE * settings.tokens_per_batch, name)
             selftest.check(folder, engine, name)
         except Refused:
             raise

@@ -5,14 +5,14 @@ import hashlib
 import time
 
 import pytest
+from endpoints import reranking
 from fastapi.testclient import TestClient
 from test_engine import some_pairs
 
 from serve.access import Key, Keys
 from serve.api import api
 from serve.dialects import Asked, sigmoid
-from serve.replica import PROBE, Reranker
-from serve.settings import Settings
+from serve.replica import PROBE
 
 TEXTS = ["red trail shoe", "warm rain jacket", "blue kids size", "running light", "sale"]
 LONG = "red shoe " * 60  # more than the 64 tokens of the contract
@@ -20,10 +20,8 @@ LONG = "red shoe " * 60  # more than the 64 tokens of the contract
 
 @pytest.fixture(scope="module")
 def reranker(released):
-    made = Reranker(Settings(max_documents=50, max_query_chars=200, max_body_bytes=100_000))
-    asyncio.run(made.reconfigure({"bundle": str(released)}))
-    yield made
-    made.close()
+    with reranking(released, max_documents=50, max_query_chars=200, max_body_bytes=100_000) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

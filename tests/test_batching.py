@@ -44,17 +44,34 @@ def test_each_gets_its_own_scores_in_its_own_order(batcher):
         assert answer.result(5).logits == [name * 1000 + place for place in range(4)]
 
 
-def test_a_batch_holds_pairs_of_several_requests_and_no_more_tokens_than_it_may(batcher):
+def ran(batcher, *requests):
+    """Batches as the names of their pairs' requests, of requests that all wait: those of the first are named 1."""
     model = Model(free=False)
-    first = batcher.submit(model, prompts(1), 10)
+    batcher.submit(model, prompts(1), 10)
     model.wait(1)
-    answers = [batcher.submit(model, prompts(4, 4, name=name), 10) for name in range(1, 5)]
-    for _ in range(9):
-        model.gate.release()
-    assert [answer.result(5).logits for answer in [first, *answers]][1:] == [
-        [n * 1000, n * 1000 + 1] for n in range(1, 5)
-    ]
-    assert [len(batch) for batch in model.batches] == [1, 5, 3]  # 5 rows of 4 are 20 tokens
+    answers = [batcher.submit(model, prompts(*lengths, name=name), 10) for name, lengths in enumerate(requests, 1)]
+    model.gate.release(99)
+    for name, answer in enumerate(answers, 1):
+        assert answer.result(5).logits == [1000 * name + place for place in range(len(requests[name - 1]))]
+    return [[first // 1000 for first, _ in batch] for batch in model.batches[1:]]
+
+
+def test_small_requests_go_together_as_long_as_none_waits_for_more_than_a_batch(batcher):
+    assert ran(batcher, *[[4, 4]] * 4) == [[1, 1, 2, 2], [3, 3, 4, 4]]  # 4 rows of 4 are 16 tokens, 6 are 24
+
+
+def test_a_request_of_some_size_goes_whole_and_by_itself(batcher):
+    assert ran(batcher, [5] * 8, [2]) == [[2], [1] * 8]  # 40 tokens, 2 batches
+    assert ran(batcher, [5] * 6, [5] * 6) == [[1] * 6, [2] * 6]
+
+
+def test_a_large_request_goes_in_pieces_and_whole_once_little_is_left(batcher):
+    assert ran(batcher, [5] * 12) == [[1] * 2, [1] * 2, [1] * 8]
+
+
+def test_requests_of_unlike_length_are_not_padded_for_each_other(batcher):
+    assert ran(batcher, [2, 2], [6]) == [[1, 1], [2]]  # 3 rows of 6 are 18, for 10 tokens
+    assert ran(batcher, [5, 5], [6]) == [[2, 1, 1]]  # 18 for 16
 
 
 def test_a_row_longer_than_a_batch_goes_alone_and_none_waits_for_a_longer_one(batcher):
@@ -77,7 +94,7 @@ def test_a_small_request_passes_a_large_one_that_came_first_but_not_one_that_cam
     now[0] = 3.0
     batcher.submit(model, prompts(10, name=2), 1e9)  # 0.1 s, due at 3.4
     now[0] = 3.9
-    late = batcher.submit(model, prompts(10, name=3), 1e9)  # due at 4.3
+    late = batcher.submit(model, prompts(11, name=3), 1e9)  # due at 4.3, and too long to go with that
     for _ in range(20):
         model.gate.release()
     late.result(5)
@@ -214,4 +231,4 @@ def test_any_requests_are_scored_whole_in_batches_that_hold_the_budget(requests)
     batcher.close()
     scored = sorted(length for batch in model.batches for _, length in batch)
     assert scored == sorted(length for lengths in requests for length in lengths)
-    assert all(len(batch) * max(length for _, length in batch) <= 40 for batch in model.batches if len(batch) > 1)
+    assert all(len(batch) * max(length for _, length in batch) <= 2 * 40 for batch in model.batches)

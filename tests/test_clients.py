@@ -1,18 +1,11 @@
 """Other people's clients, unchanged but for the address, against the endpoint over HTTP."""
 
-import asyncio
-import threading
-import time
-
 import pytest
-import uvicorn
+from endpoints import over_http, reranking
 from test_access import key
 
 from serve.access import Keys
-from serve.api import api
 from serve.dialects import ranked, sigmoid
-from serve.replica import Reranker
-from serve.settings import Settings
 
 TEXTS = ["red trail shoe", "warm rain jacket", "blue kids size", "running light", "sale"]
 TOKEN = "t" * 43
@@ -21,18 +14,10 @@ TOKEN = "t" * 43
 @pytest.fixture(scope="module")
 def url(released):
     """An endpoint that asks for a token."""
-    reranker = Reranker(Settings())
-    asyncio.run(reranker.reconfigure({"bundle": str(released)}))
-    reranker.keys = Keys([key("shop", TOKEN)])
-    server = uvicorn.Server(uvicorn.Config(api(reranker), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    reranker.close()
+    with reranking(released) as reranker:
+        reranker.keys = Keys([key("shop", TOKEN)])
+        with over_http(reranker) as (host, port):
+            yield f"http://{host}:{port}"
 
 
 @pytest.fixture(scope="module")

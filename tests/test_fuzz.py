@@ -1,9 +1,8 @@
 """What nobody should send: never a 500, never a hang. `python -m bench.fuzz` sends far more of it, over Ray Serve."""
 
-import asyncio
-
 import pytest
 import schemathesis
+from endpoints import reranking
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,16 +12,12 @@ from schemathesis.specs.openapi.checks import status_code_conformance
 
 from bench import hostile
 from serve.api import api
-from serve.replica import Reranker
-from serve.settings import Settings
 
 
 @pytest.fixture(scope="module")
 def application(released, tmp_path_factory):
-    reranker = Reranker(Settings(max_documents=100, records=str(tmp_path_factory.mktemp("records"))))
-    asyncio.run(reranker.reconfigure({"bundle": str(released)}))
-    yield api(reranker)
-    reranker.close()
+    with reranking(released, max_documents=100, records=str(tmp_path_factory.mktemp("records"))) as reranker:
+        yield api(reranker)
 
 
 RERANK = ["/v1/rerank", "/v2/rerank", "/rerank", "/score", "/v1/compare"]

@@ -4,35 +4,21 @@
 """
 
 import asyncio
-import threading
 import time
 
 import httpx
 import pytest
-import uvicorn
+from endpoints import over_http, reranking
 
-from bench import hostile, runs
-from serve.api import api
-from serve.replica import Reranker
-from serve.settings import Settings
+from bench import hostile
 
 TIMEOUT_S, MARGIN_S = 1.5, 3.0
 
 
 @pytest.fixture(scope="module")
 def port(released):
-    reranker = Reranker(Settings(timeout_s=TIMEOUT_S))
-    asyncio.run(reranker.reconfigure({"bundle": str(released)}))
-    port = runs.free_port()
-    server = uvicorn.Server(uvicorn.Config(api(reranker), port=port, log_level="error", timeout_keep_alive=60))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield port
-    server.should_exit = True
-    thread.join()
-    reranker.close()
+    with reranking(released, timeout_s=TIMEOUT_S) as reranker, over_http(reranker) as (_, port):
+        yield port
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import pytest
+from endpoints import reranking
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
@@ -14,8 +15,6 @@ from serve.access import Key, Keys
 from serve.api import api
 from serve.dialects import sigmoid
 from serve.judgments import Judgment, Ranking, counted, gain, left
-from serve.replica import Reranker
-from serve.settings import Settings
 
 TEXTS = ["red trail shoe", "warm rain jacket", "blue kids size", "running light", "sale"]
 SAID = {"id": "j1", "request_id": "r1", "query": "red shoe", "old": "a" * 64, "new": "b" * 64, "right_is": "good"}
@@ -140,10 +139,8 @@ def records(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reranker(released, records):
-    made = Reranker(Settings(max_documents=50, max_query_chars=200, records=str(records)))
-    asyncio.run(made.reconfigure({"bundle": str(released)}))
-    yield made
-    made.close()
+    with reranking(released, max_documents=50, max_query_chars=200, records=str(records)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

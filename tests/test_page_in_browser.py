@@ -1,24 +1,19 @@
 """The page at `/`, in a browser, over HTTP, with real models."""
 
-import asyncio
 import hashlib
 import json
 import os
 import re
 import shutil
-import threading
 import time
 from base64 import b64encode
 
 import pytest
-import uvicorn
+from endpoints import over_http, reranking
 
 from serve import page as served
 from serve.access import Key, Keys
-from serve.api import api
 from serve.judgments import left
-from serve.replica import Reranker
-from serve.settings import Settings
 
 TOKEN = "t" * 43
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
@@ -42,23 +37,15 @@ def records(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reranker(released, other, records):
-    made = Reranker(Settings(max_documents=50, max_query_chars=200, records=str(records)))
     experiment = {"name": "e1", "kind": "shadow", "bundle": other, "share": 0.1}
-    asyncio.run(made.reconfigure({"bundle": str(released), "experiment": experiment}))
-    yield made
-    made.close()
+    with reranking(released, experiment, max_documents=50, max_query_chars=200, records=str(records)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def url(reranker):
-    server = uvicorn.Server(uvicorn.Config(api(reranker), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    with over_http(reranker) as (host, port):
+        yield f"http://{host}:{port}/"
 
 
 @pytest.fixture(scope="module")
