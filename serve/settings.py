@@ -29,9 +29,7 @@ class Settings(_Settings):
     model: str = "disranker"  # the name that requests may give and replies carry
     engine: Name | None = None  # None: the one that the bundle chose when it was made
     threads: Count | None = None  # of the engine; None: what Ray Serve sets, the replica's num_cpus
-    tokens_per_batch: Count = (
-        1024  # of small requests together, with padding; of large ones a piece has half as many
-    )
+    tokens_per_batch: Count = 1024  # of small requests together, with padding; of large ones a piece has half as many
     max_documents: Count = 1000  # in one request
     max_query_chars: Count = 4096
     max_body_bytes: Count = 4 * 1024 * 1024
