@@ -45,6 +45,7 @@ bench: setup
 	$(BIN)/python -m bench.fuzz --small
 	$(BIN)/python -m bench.shoppers --small
 	$(BIN)/python -m bench.serve --small
+	$(BIN)/python -m bench.cluster --small
 
 clean:
 	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -419,7 +419,7 @@ SMALL_PLAN = {
     "seconds": 2,
     "rounds": 1,
     "overload_seconds": 10,
-    "fault_seconds": 15,
+    "fault_seconds": 8,
 }
 
 

@@ -1,0 +1,313 @@
+"""`ray up cluster.yaml` on one host: all stages by `ray job submit` while nodes die, and growth while there is work.
+
+    python -m bench.cluster --only submitted     a head without work and two nodes; one dies in each of three stages
+    python -m bench.cluster --only growth        scoring alone: from one node to the most, and back
+
+The nodes are those of `bench.one_host`; schema, commands, token and autoscaler are as on a cloud.
+"""
+
+import math
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from bench import claims, made_up, runs
+from bench.claims import Line
+from bench.endpoints import SCRIPTS, START_S, environment
+from disranker.store import Store
+
+EXACT = ("documents", "judgments", "searches", "rejects", "evidence", "queries", "clicked", "groups")
+ALL = (*EXACT, "scores")  # as keys and scores of the teacher, of the student and of BM25
+DIGITS = 1e-3  # of scores and metrics
+KILLED = ("ingest", "pretrain", "score")  # stages in which a node dies
+MARK = "DISRANKER_NODE"  # of the environment of what runs on a node: its home
+DIE_AFTER_S = 2.0  # of the stage's start
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    folder: Path
+    recipe: str = "recipes/small.yaml"
+    most: int = 3  # nodes that work
+    cpus: int = 1  # of a node
+    idle_seconds: int = 20
+    lists: int = 400  # that are scored, of 20 documents
+
+
+@dataclass
+class Cluster:
+    """What `ray up` makes of cluster.yaml on this host, and the commands of docs/cluster.md."""
+
+    folder: Path
+    least: int = 1  # nodes of the group that has drivers
+    most: int = 0  # more, of the other group
+    cpus: int = 2  # of a node
+    idle_s: float = 20.0
+    gcs: int = field(default_factory=runs.free_port)
+    dashboard: int = field(default_factory=runs.free_port)
+
+    @property
+    def nodes(self) -> Path:
+        return self.folder / "nodes"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "cluster.yaml"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever operates it: nothing of another Ray, and the token in their home."""
+        kept = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
+        return kept | {"HOME": str(self.folder / "operator"), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+
+    def config(self) -> Json:
+        """cluster.yaml with another provider, without the container, and with nodes of this size."""
+        found: Json = yaml.safe_load((runs.ROOT / "cluster.yaml").read_text())
+        ports = {"port": self.gcs, "dashboard": self.dashboard, "first": self.gcs % 200 + 10}
+        found["provider"] = {"type": "external", "module": "bench.one_host.OneHost", "folder": str(self.nodes)} | ports
+        del found["docker"], found["available_node_types"]["gpu"]["docker"]
+        sizes = {"head": {}, "cpu": {"min_workers": self.least, "max_workers": self.least}, "gpu": {}}
+        sizes["gpu"] |= {"max_workers": self.most, "idle_timeout_s": self.idle_s}
+        for name, size in sizes.items():
+            kind = found["available_node_types"][name]
+            kind |= size | {"node_config": {}}
+            kind["resources"] = {"CPU": self.cpus} | kind["resources"]
+        found["initialization_commands"] = []  # of instances: their disks and mounts
+        # What a cloud's provider brings along.
+        found |= {"head_setup_commands": [], "worker_setup_commands": [], "cluster_synced_files": []}
+        spill = self.folder / "spill"
+        for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+            found[commands] = [line.replace("/mnt/spill", str(spill)) for line in found[commands]]
+        return found
+
+    @contextmanager
+    def up(self) -> Iterator["Cluster"]:
+        for folder in ("operator", "spill"):
+            (self.folder / folder).mkdir(parents=True)
+        self.file.write_text(yaml.safe_dump(self.config(), sort_keys=False))
+        self.run(self.command("ray get-auth-token"))
+        try:
+            self.run(self.command("ray up"))
+            self.until(lambda: len(self.alive()) == 1 + self.least)
+            self.until(lambda: self.asked("/api/jobs/") is not None)
+            yield self
+        finally:
+            for home in self.homes():  # the head first, or its autoscaler starts others
+                end(home)
+
+    def command(self, start: str) -> list[str]:
+        """The command of docs/cluster.md that begins so, with this cluster's file and address."""
+        (found,) = [line for line in documented() if line.startswith(start)]
+        here = {"cluster.yaml": str(self.file), "http://127.0.0.1:8265": self.address}
+        program, *rest = shlex.split(found)
+        return [str(SCRIPTS / program), *(here.get(word, word) for word in rest)]
+
+    def run(self, command: Sequence[str]) -> None:
+        """Raises `Broken` with what it said."""
+        done = subprocess.run(command, cwd=runs.ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = f"{done.stdout}{done.stderr}{self.said()}"
+            raise runs.Broken(f"{' '.join(command)} ended with {done.returncode}: {said}")
+
+    def submit(self, stage: str, recipe: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
+        """`ray job submit`, which follows the job."""
+        documented = self.command("ray job submit")
+        command = documented[: documented.index("--") + 1]
+        command += ["python", "-m", f"jobs.{stage}", "--recipe", str(recipe), *options]
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                command,
+                cwd=runs.ROOT,
+                env=self.environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    def asked(self, path: str) -> Any:
+        """What the dashboard says; None where it does not answer."""
+        token = (self.folder / "operator" / ".ray" / "auth_token").read_text().strip()
+        with suppress(httpx.HTTPError, ValueError):
+            reply = httpx.get(self.address + path, headers={"Authorization": f"Bearer {token}"}, timeout=5)
+            return reply.json() if reply.status_code == 200 else None
+        return None
+
+    def alive(self) -> list[Path]:
+        """Homes of the nodes that Ray runs on, the head first."""
+        return [home for home in self.homes() if any("raylet" in each.name() for each in processes(home))]
+
+    def homes(self) -> list[Path]:
+        """Of all nodes that there ever were, in order."""
+        homes = [home for home in self.nodes.glob("*") if home.is_dir()]
+        return sorted(homes, key=lambda home: int(home.name.rpartition(".")[2]))
+
+    def driver(self) -> Path | None:
+        """The node on which the job's own process runs."""
+        for home in self.alive():
+            for process in processes(home):
+                with suppress(psutil.Error):
+                    if "-m jobs." in " ".join(process.cmdline()):
+                        return home
+        return None
+
+    def said(self) -> str:
+        """The end of what the commands of each node said."""
+        logs = [home / "log" for home in self.homes() if (home / "log").exists()]
+        return "".join(f"\n{log}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+    def until(self, what: Callable[[], Any]) -> None:
+        over = time.monotonic() + START_S
+        while not what():
+            if time.monotonic() > over:
+                raise runs.Broken(f"the cluster was not as it should be in {START_S:g} s: {self.said()}")
+            time.sleep(0.5)
+
+
+def processes(home: Path) -> list[psutil.Process]:
+    """All that run on a node."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end(home: Path) -> None:
+    """SIGKILL for all of a node, until none is left: one may have started another meanwhile."""
+    while alive := processes(home):
+        for process in alive:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(alive, 5)
+
+
+def documented() -> list[str]:
+    """The commands of docs/cluster.md for a cluster that `ray up` starts."""
+    text = (runs.ROOT / "docs" / "cluster.md").read_text().split("## One that `ray up` starts")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+# Claims
+
+
+def submitted(plan: Plan) -> Iterator[Line]:
+    """The tables of a run whose nodes die, against those of a run on this machine alone."""
+    alone, ours = (_recipe(plan, name) for name in ("alone", "cluster"))
+    runs.done(alone, plan.folder / "alone.log", stage="pipeline", artefact="bundle")
+    with Cluster(plan.folder / "up", least=2).up() as cluster:
+        died = killed(cluster, ours, plan.folder / "cluster.log")
+    found = unlike(*(Store(str(runs.root(recipe))) for recipe in (alone, ours)))
+    yield claims.within("cluster: tables unlike those of one node", [len(found)], 0, "tables", unlike=found, died=died)
+
+
+def _recipe(plan: Plan, name: str) -> Path:
+    path = plan.folder / f"{name}.yaml"
+    settings = yaml.safe_load((runs.ROOT / plan.recipe).read_text()) | {"root": str(plan.folder / name)}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def growth(plan: Plan) -> Iterator[Line]:
+    """Nodes over time while one stage scores: as few as there may be, as many as there may be, and few again."""
+    pool = {"actors": 1, "max_actors": plan.most, "cpus_per_actor": 1, "pairs_per_batch": 64}
+    recipe = made_up.make(plan.folder / "growth", range(plan.lists), score=pool)
+    log, seen = plan.folder / "growth.log", []
+    with Cluster(plan.folder / "up", most=plan.most - 1, cpus=plan.cpus, idle_s=plan.idle_seconds).up() as cluster:
+        seen.append(len(cluster.alive()) - 1)
+        job = cluster.submit("score", recipe, log)
+        try:
+            while job.poll() is None:
+                seen.append(len(cluster.alive()) - 1)
+                time.sleep(1)
+            if job.returncode:
+                raise runs.Broken(f"the job ended with {job.returncode}: {log.read_text()[-3000:]}")
+        finally:
+            runs.end(job)
+        ended = time.monotonic()
+        cluster.until(lambda: len(cluster.alive()) == 2)
+        shrunk_s = time.monotonic() - ended
+    labels = runs.rows(runs.labels(recipe))
+    counts = {"labels": len(labels), "keys": len(dict(labels)), "first": seen[0], "seconds": len(seen)}
+    yield claims.against("cluster: nodes at most while it scores", [max(seen)], [plan.most], "nodes", 1.0, **counts)
+    yield claims.within("cluster: one node again", [shrunk_s], 6 * plan.idle_seconds, "s")
+
+
+def killed(cluster: Cluster, recipe: Path, log: Path, stages: Sequence[str] = KILLED, *options: str) -> list[str]:
+    """Runs the pipeline, and ends a node that has no driver in each of the stages; the stages in which one died.
+
+    Raises `Broken` if the job fails.
+    """
+    done, job = [], cluster.submit("pipeline", recipe, log, *options)
+    try:
+        for stage in stages:
+            runs.until(lambda stage=stage: f"  {stage}: " in log.read_text(), job, 1800, 0.2)
+            time.sleep(DIE_AFTER_S)
+            (*_, last) = (home for home in cluster.alive()[1:] if home != cluster.driver())
+            end(last)
+            done.append(stage)
+        if status := job.wait(1800):
+            raise runs.Broken(f"the job ended with {status}: {log.read_text()[-3000:]}")
+    finally:
+        runs.end(job)
+    return done
+
+
+def unlike(one: Store, other: Store, tables: Sequence[str] = ALL) -> list[str]:
+    """What differs between two runs: anything but fractions, and of those more than three digits."""
+    found = []
+    for table in tables:
+        rows = [sorted(map(parted, store.read(table).to_pylist()), key=repr) for store in (one, other)]
+        if [exact for exact, _ in rows[0]] != [exact for exact, _ in rows[1]]:
+            found.append(f"{table}: {len(rows[0])} and {len(rows[1])} rows")
+        elif not close([each for _, each in rows[0]], [each for _, each in rows[1]]):
+            found.append(f"{table}: numbers")
+    return found
+
+
+def parted(value: Any) -> tuple[Any, list[float]]:
+    """A value without its fractions, and those, in the order in which they stand in it."""
+    if isinstance(value, float):
+        return None, [value]
+    if isinstance(value, dict):
+        parts = {key: parted(each) for key, each in value.items()}
+        return {key: exact for key, (exact, _) in parts.items()}, [n for _, each in parts.values() for n in each]
+    if isinstance(value, list):
+        items = [parted(each) for each in value]
+        return [exact for exact, _ in items], [n for _, each in items for n in each]
+    return value, []
+
+
+def close(one: list[list[float]], other: list[list[float]]) -> bool:
+    """Numbers of each row, to three digits; what is no number is like another such alone."""
+    pairs = [pair for mine, theirs in zip(one, other, strict=True) for pair in zip(mine, theirs, strict=True)]
+    return all(math.isclose(*pair, rel_tol=DIGITS, abs_tol=DIGITS) or all(map(math.isnan, pair)) for pair in pairs)
+
+
+MEASUREMENTS = {each.__name__: each for each in (submitted, growth)}
+SMALL_PLAN = {"lists": 100, "idle_seconds": 5}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return claims.command("bench.cluster", Plan, MEASUREMENTS, SMALL_PLAN, argv, __doc__ or "", ("submitted",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
