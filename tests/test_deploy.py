@@ -18,9 +18,7 @@ import yaml
 from referencing import Registry, Resource
 
 from disranker import recipe as recipes
-from jobs.publish import BUNDLE
 from serve import access, front
-from serve.settings import Served, Settings
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy" / "kuberay"
@@ -29,11 +27,11 @@ SCHEMAS = {
     name: json.loads((ROOT / "tests" / "schemas" / name).read_text()) for name in ("kuberay.json", "kubernetes.json")
 }
 DEFINED = {
-    "PersistentVolumeClaim": "io.k8s.api.core.v1.PersistentVolumeClaim",
-    "Service": "io.k8s.api.core.v1.Service",
-    "StatefulSet": "io.k8s.api.apps.v1.StatefulSet",
-    "NetworkPolicy": "io.k8s.api.networking.v1.NetworkPolicy",
-    "PodDisruptionBudget": "io.k8s.api.policy.v1.PodDisruptionBudget",
+    ("v1", "PersistentVolumeClaim"): "io.k8s.api.core.v1.PersistentVolumeClaim",
+    ("v1", "Service"): "io.k8s.api.core.v1.Service",
+    ("apps/v1", "StatefulSet"): "io.k8s.api.apps.v1.StatefulSet",
+    ("networking.k8s.io/v1", "NetworkPolicy"): "io.k8s.api.networking.v1.NetworkPolicy",
+    ("policy/v1", "PodDisruptionBudget"): "io.k8s.api.policy.v1.PodDisruptionBudget",
 }
 Json = dict[str, Any]
 
@@ -59,19 +57,21 @@ KNOWN = Registry().with_resources((name, Resource.from_contents(schema)) for nam
 def faults(document: Json) -> list[str]:
     """What the schema of its kind says against it."""
     kind = document["kind"]
-    place = f"kuberay.json#/$defs/{kind}" if kind.startswith("Ray") else f"kubernetes.json#/$defs/{DEFINED[kind]}"
+    if kind.startswith("Ray"):
+        place = f"kuberay.json#/$defs/{kind}"
+    else:
+        place = f"kubernetes.json#/$defs/{DEFINED[document['apiVersion'], kind]}"
     validator = jsonschema.Draft202012Validator({"$ref": place}, registry=KNOWN)
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
-def change(document: Json, place: str, how: Callable[[Any, Any], None]) -> Json:
+def change(document: Json, place: str, how: Callable[[Any, Any], None]) -> None:
     """Calls `how` with what holds the last step of a place, and that step."""
     holder: Any = document
     *way, last = place.split(".")
     for step in way:
         holder = holder[int(step)] if step.isdigit() else holder[step]
     how(holder, last)
-    return document
 
 
 def every(node: Any, key: str) -> Iterator[Any]:
@@ -295,6 +295,9 @@ def test_the_endpoint_is_configured_as_serve_config_yaml_but_for_what_a_cluster_
 
 
 def test_the_endpoint_serves_what_the_job_publishes():
+    from jobs.publish import BUNDLE
+    from serve.settings import Served, Settings
+
     application = serve_config()["applications"][0]
     Settings.checked(application["args"])
     words = shlex.split(job_specs()["job.yaml"]["entrypoint"])
