@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
 def test_the_paths_and_links_of_a_page_exist(page):
     text = page.read_text()
     linked = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
-    named = re.findall(r"`((?:platform|jobs|serve|tests|recipes|docs|bench)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:platform|jobs|serve|tests|recipes|docs|bench|deploy)/[\w./-]+)`", text)
     missing = [path for path in linked if not (page.parent / path).exists()]
     missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
