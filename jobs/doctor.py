@@ -233,7 +233,7 @@ def most(configs: list[Mapping[str, Any] | None]) -> Cluster | None:
     if told and told.node_group_configs:
         groups = [(dict(group.resources), group.max_count) for group in told.node_group_configs]
         kinds = tuple(Kind(resources, count if count >= 0 else math.inf) for resources, count in groups)
-        return Cluster(kinds, limits=dict(told.max_resources))
+        return Cluster(kinds=kinds, limits=dict(told.max_resources))
     return next((capacity.autoscaled(config) for config in configs if config), None)
 
 

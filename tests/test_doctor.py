@@ -189,7 +189,7 @@ def test_replicas_have_room():
 
 def test_what_an_autoscaler_may_start_counts_and_is_told():
     small = node("head", resources={"CPU": 0.0})
-    many = Cluster((Kind({"CPU": 4.0}, 2),), nodes=3)
+    many = Cluster(({"CPU": 0.0},), (Kind({"CPU": 4.0}, 3),), started=2)
     found = doctor.resources(facts(small, most=many), recipe(finetune={"workers": 8}))
     assert found.ok and "8 CPUs and 0 GPUs with all nodes its autoscaler may start" in found.said
     assert not doctor.resources(facts(small, most=many), recipe(finetune={"workers": 9})).ok
@@ -198,28 +198,28 @@ def test_what_an_autoscaler_may_start_counts_and_is_told():
 
 def test_a_limit_on_all_nodes_together_holds():
     kinds = (Kind({"CPU": 4.0}, 10), Kind({"CPU": 8.0, "GPU": 1.0}, 2))
-    assert Cluster(kinds).total("CPU") == 56
-    assert Cluster(kinds, nodes=3).total("CPU") == 20  # the two large ones first
-    assert Cluster(kinds, limits={"CPU": 30.0}).total("CPU") == 30
+    assert Cluster((), kinds).total("CPU") == 56
+    assert Cluster((), kinds, started=3).total("CPU") == 20  # the two large ones first
+    assert Cluster((), kinds, limits={"CPU": 30.0}).total("CPU") == 30
     ask = Ask("finetune", "", count=5, cpus=4)
-    assert Cluster(kinds, nodes=3).has_room(ask) and not Cluster(kinds, nodes=2).has_room(ask)
-    assert not Cluster(kinds, limits={"CPU": 19.0}).has_room(ask)
+    assert Cluster((), kinds, started=3).has_room(ask) and not Cluster((), kinds, started=2).has_room(ask)
+    assert not Cluster((), kinds, limits={"CPU": 19.0}).has_room(ask)
 
 
 def test_an_autoscaler_without_a_bound_has_room_for_all():
-    assert Cluster((Kind({"CPU": 1.0}, math.inf),)).has_room(Ask("score", "", count=999, cpus=1, beside=1))
-    assert not Cluster((Kind({"CPU": 1.0}, math.inf),)).has_room(Ask("score", "", count=1, cpus=1, gpus=1))
+    assert Cluster(kinds=(Kind({"CPU": 1.0}, math.inf),)).has_room(Ask("score", "", count=999, cpus=1, beside=1))
+    assert not Cluster(kinds=(Kind({"CPU": 1.0}, math.inf),)).has_room(Ask("score", "", count=1, cpus=1, gpus=1))
 
 
 def test_fractions_of_a_cpu_add_up():
-    assert Cluster((Kind({"CPU": 0.3}),)).has_room(Ask("score", "", count=3, cpus=0.1))
+    assert Cluster(({"CPU": 0.3},)).has_room(Ask("score", "", count=3, cpus=0.1))
 
 
 CONFIG = {
     "max_workers": 4,
     "head_node_type": "head",
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "head": {"resources": {"CPU": 1}},
         "cpu": {"resources": {"CPU": 8}, "max_workers": 3},
         "gpu": {"resources": {"CPU": 4, "GPU": 1}},
     },
@@ -228,7 +228,7 @@ CONFIG = {
 
 def test_the_file_of_the_autoscaler_says_how_large_the_cluster_may_become():
     found = capacity.autoscaled(CONFIG)
-    assert (found.total("CPU"), found.total("GPU")) == (28, 4)  # 3 * 8 + 4, or 4 GPUs, of 4 workers in all
+    assert (found.total("CPU"), found.total("GPU")) == (29, 4)  # 1 + 3 * 8 + 4, or 4 GPUs, of a head and 4 workers
 
 
 def test_kinds_whose_size_the_cloud_fills_in_are_not_guessed():

@@ -1,7 +1,7 @@
 """What the stages of a recipe ask of a cluster at once, and what a cluster has room for."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,42 +12,45 @@ TRAININGS = ("pretrain", "finetune", "distill")
 GIB = 2**30
 
 
+Resources = Mapping[str, float]  # of one node, as Ray counts them: CPU, GPU, memory in bytes, object_store_memory
+
+
 @dataclass(frozen=True)
 class Kind:
-    """Nodes of one size, at most so many."""
+    """Nodes of one size that an autoscaler may start."""
 
-    resources: Mapping[str, float]  # as Ray counts them: CPU, GPU, memory in bytes, object_store_memory
-    most: float = 1  # infinite where nothing says how many
+    resources: Resources
+    most: float  # infinite where nothing says how many
 
 
 @dataclass(frozen=True)
 class Cluster:
     """As large as it is, or may become."""
 
-    kinds: tuple[Kind, ...]
-    nodes: float = math.inf  # of all kinds together
-    limits: Mapping[str, float] = field(default_factory=dict)  # of a resource, on all nodes together
+    nodes: tuple[Resources, ...] = ()  # that are there in any case
+    kinds: tuple[Kind, ...] = ()
+    started: float = math.inf  # most nodes of all kinds together
+    limits: Resources = field(default_factory=dict)  # on all nodes together
 
     def total(self, resource: str) -> float:
         """At most so much of a resource."""
-        found = self._fill([(kind.resources.get(resource, 0), kind.most) for kind in self.kinds])
-        return min(found, self.limits.get(resource, math.inf))
+        return min(self._most(lambda node: node.get(resource, 0)), self.limits.get(resource, math.inf))
 
     def has_room(self, ask: "Ask") -> bool:
         """Whether all of it runs at once."""
         wanted = {"CPU": ask.cpus, "GPU": ask.gpus, "memory": ask.memory}
-        places = self._fill([(_times(kind.resources, wanted), kind.most) for kind in self.kinds])
         cpus, gpus = ask.count * ask.cpus + ask.beside, ask.count * ask.gpus
         rounding = 1e-6  # 3 * 0.1 > 0.3
-        return places >= ask.count and self.total("CPU") + rounding >= cpus and self.total("GPU") + rounding >= gpus
+        enough = self.total("CPU") + rounding >= cpus and self.total("GPU") + rounding >= gpus
+        return enough and self._most(lambda node: _times(node, wanted)) >= ask.count
 
-    def _fill(self, kinds: Sequence[tuple[float, float]]) -> float:
-        """The largest sum over its nodes; kinds: (of one node, how many of them at most)."""
-        left, found = self.nodes, 0.0
-        for each, most in sorted(kinds, reverse=True):
+    def _most(self, value: Callable[[Resources], float]) -> float:
+        """The largest sum of what each node is worth."""
+        left, found = self.started, sum(map(value, self.nodes))
+        for worth, most in sorted(((value(kind.resources), kind.most) for kind in self.kinds), reverse=True):
             taken = min(left, most)
             left -= taken
-            found += each * taken if each and taken else 0.0  # infinite times nothing is no number
+            found += worth * taken if worth and taken else 0.0  # infinite times nothing is no number
         return found
 
 
@@ -102,16 +105,15 @@ def _is_encoder(base: str) -> bool:
 def autoscaled(config: Mapping[str, Any]) -> Cluster | None:
     """What the file of `ray up`, or of `ray start --autoscaling-config`, allows; None where it does not say."""
     types, head = config.get("available_node_types") or {}, config.get("head_node_type")
-    workers = config.get("max_workers", math.inf)
-    kinds = []
+    workers, kinds = config.get("max_workers", math.inf), []
     for name, about in types.items():
         if "resources" not in about or (not about["resources"] and name != head):
             return None  # left to the cloud to fill in
-        kinds.append(Kind(about["resources"], about.get("max_workers", workers) + (name == head)))
-    return Cluster(tuple(kinds), workers + 1) if kinds else None
+        kinds.append(Kind(about["resources"], about.get("max_workers", 0 if name == head else workers)))
+    return Cluster((types[head]["resources"],), tuple(kinds), workers) if head in types else None
 
 
-def _times(resources: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+def _times(resources: Resources, wanted: Resources) -> float:
     """How often something fits into one node."""
     # A kind of an autoscaler need not say its memory; a node that is there does.
     asked = {name: amount for name, amount in wanted.items() if amount and (name != "memory" or name in resources)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from disranker import capacity, contract, stages
-from disranker.capacity import GIB, Ask, Cluster, Kind
+from disranker.capacity import GIB, Ask, Cluster
 from disranker.recipe import Model, Recipe, Refused
 
 LEAST_FILES = 8192  # open ones, of a process: what Ray itself advises
@@ -153,7 +153,7 @@ def models(facts: Facts, recipe: Recipe) -> Finding:
 
 def resources(facts: Facts, recipe: Recipe) -> Finding:
     """Every stage has room, whole workers on single nodes: what has none would wait at PENDING for ever."""
-    cluster = facts.most or Cluster(tuple(Kind(node.resources) for node in facts.nodes))
+    cluster = facts.most or Cluster(tuple(node.resources for node in facts.nodes))
     size = "with all nodes its autoscaler may start" if facts.most else "at its present size, as no autoscaler was seen"
     have = f"{_number(cluster.total('CPU'))} CPUs and {_number(cluster.total('GPU'))} GPUs {size}"
     asked = [*capacity.asks(recipe), *([_replicas(facts.serve)] if facts.serve else [])]
