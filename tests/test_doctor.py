@@ -461,7 +461,7 @@ def test_a_root_that_cannot_be_written_fails_the_check_of_the_storage(ray_here, 
     assert job.main(["--recipe", str(file), "--set", f"root={tmp_path / 'file' / 'run'}"]) == 2
     out, err = capsys.readouterr()
     assert "FAIL  storage: " in out and "cannot be used here" in out and " -> set root to" in out
-    assert err == "refused: 1 of 12 checks fail: storage\n"
+    assert "checks fail: storage" in err
 
 
 def test_a_node_that_does_not_answer_in_time_is_named(ray_here, tmp_path, monkeypatch):
