@@ -280,13 +280,15 @@ def _line(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = launch.parser("python -m jobs.doctor", __doc__)
     parser.add_argument("--serve-config", default=SERVE_CONFIG, metavar="FILE", help=f"of the endpoint: {SERVE_CONFIG}")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of lines")
+    # A file: Ray itself prints among the lines, of autoscalers for one.
+    parser.add_argument("--json", metavar="FILE", help="write the findings there too, as a JSON list")
     arguments = parser.parse_args(argv)
 
     def work() -> None:
         findings = run(recipes.load(arguments.recipe, arguments.set), arguments.serve_config)
-        found = json.dumps([dataclasses.asdict(one) for one in findings], indent=1)
-        print(found if arguments.json else "\n".join(map(line, findings)), flush=True)
+        print("\n".join(map(line, findings)), flush=True)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps([dataclasses.asdict(one) for one in findings], indent=1))
         if failed := [one.name for one in findings if not one.ok]:
             raise Refused(f"{len(failed)} of {len(findings)} checks fail: {', '.join(failed)}")
 

@@ -436,11 +436,12 @@ def test_the_whole_doctor_finds_the_tiny_recipe_well_and_leaves_nothing(ray_here
     file = tmp_path / "tiny.yaml"
     root = tmp_path / "run"
     file.write_text(yaml.safe_dump(tiny))
-    command = ["--recipe", str(file), "--set", f"root={root}", "--json"]
+    command = ["--recipe", str(file), "--set", f"root={root}", "--json", str(tmp_path / "found.json")]
     status = job.main(command)
     out, err = capsys.readouterr()
     assert (status, err) == (0, ""), out
-    found = {one["name"]: one for one in json.loads(out)}
+    found = {one["name"]: one for one in json.loads((tmp_path / "found.json").read_text())}
+    assert [text.split(":")[0] for text in out.splitlines()] == [f"ok    {name}" for name in found]
     assert len(found) == 12 and all(one["ok"] for one in found.values())
     assert "2 CPUs and 0 GPUs at its present size" in found["resources"]["said"]
     assert "asks for one and takes ours" in found["token"]["said"]
@@ -462,6 +463,16 @@ def test_a_root_that_cannot_be_written_fails_the_check_of_the_storage(ray_here, 
     out, err = capsys.readouterr()
     assert "FAIL  storage: " in out and "cannot be used here" in out and " -> set root to" in out
     assert "checks fail: storage" in err
+
+
+def test_what_ray_says_of_another_version_comes_in_one_line(monkeypatch):
+    def connect():
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.11.9")
+
+    monkeypatch.setattr(job.launch, "connect", connect)
+    with pytest.raises(Refused, match=r"^Ray at h:1 cannot be joined: Version mismatch: .* Ray: 2.59.0 Python") as told:
+        job.join("h:1")
+    assert "\n" not in str(told.value)
 
 
 def test_a_node_that_does_not_answer_in_time_is_named(ray_here, tmp_path, monkeypatch):
