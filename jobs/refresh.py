@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow.compute as pc
 import yaml
 
-from disranker import bundle, lineage, metrics, refresh, speed, stages
+from disranker import bundle, lineage, metrics, refresh, slices, speed, stages
 from disranker import recipe as recipes
 from disranker.engine import Engine
 from disranker.metrics import Run
@@ -28,11 +29,14 @@ from disranker.stages import Step
 from disranker.store import MANIFEST, Store
 from jobs import evaluate, launch, parts, publish
 from jobs.launch import Failed, say
+from jobs.score import Teacher
 from serve.settings import Served
 
 DAYS = "refresh"  # beside the tables, a folder for each day
 FIRST = "_pipeline"  # stands for the days before the first night
 SEEN = "seen.parquet"  # what the log held when a night ended
+MEASURED = "measured"  # beside what the log held: the queries of test and validation lists
+SPLITS = ("test", "validation")
 DAY = "[A-Za-z0-9][A-Za-z0-9._-]{0,49}"  # names a folder and an experiment
 OURS = "refresh-"  # begins the names of the experiments that a night may replace
 SERVE = Path(sys.executable).with_name("serve")
@@ -125,28 +129,34 @@ def _commit(store: Store, day: str, asked: str, counts: Row) -> None:
 
 
 def _seen(store: Store) -> pl.DataFrame:
-    """What the log holds, as `refresh.seen`, and the test queries that can be measured."""
+    """What the log holds, as `refresh.seen`, and the queries that are measured."""
     files = store.parts("searches")
 
     def count(number: int) -> dict[str, Any]:
         return {"seen": refresh.seen(store.read_files("searches", [files[number]]))}
 
-    tested = pl.Series(store.read("groups", ["query"], where=evaluate.TEST)["query"].to_pylist(), dtype=pl.String)
-    return refresh.added([*(said["seen"] for said in parts.each(len(files), count)), refresh.named("test", tested)])
+    lists = store.read("groups", ["query"], where=pc.field("split") != "train")
+    measured = refresh.named(MEASURED, pl.Series(lists["query"].to_pylist(), dtype=pl.String))
+    return refresh.added([*(said["seen"] for said in parts.each(len(files), count)), measured])
 
 
 def _look_back(recipe: Recipe, store: Store, day: str, last: str) -> Row:
     """Writes what the night changed, before the gate: who is refused sees why. Gives the counts."""
     now, before = _seen(store), pl.read_parquet(store.read_bytes(DAYS, last, SEEN))
     today = refresh.since(now, before)
-    groups = store.read("groups", where=evaluate.TEST).to_pylist()
-    qrels = metrics.judged(groups)
-    tested, searched = (set(before.filter(pl.col("what") == what)["name"]) for what in ("test", "query"))
-    cut = {"age": refresh.by_age(qrels, tested, searched)} | evaluate._slices(groups, store)
-    rows = refresh.matrix(qrels, _runs(recipe, store), cut, recipe.evaluate, recipe.seed)
+    known, searched = (set(before.filter(pl.col("what") == what)["name"]) for what in (MEASURED, "query"))
+    runs = _runs(recipe, store)
+    tested, others = (store.read("groups", where=pc.field("split") == split).to_pylist() for split in SPLITS)
+    qrels, orders = metrics.judged(tested), refresh.orders(others, Teacher.of(recipe, store).scores(others))
+    students = {model: runs[model] for model in (refresh.IN_SERVICE, refresh.NEW)}
+    given = (recipe.evaluate, recipe.seed)
+    cut = {"age": refresh.by_age(qrels, known, searched)} | evaluate._slices(tested, store)
+    by_grades = refresh.matrix(qrels, refresh.graded(qrels, runs), cut, *given)
+    cut = {"age": refresh.by_age(orders, known, searched), "query_words": slices.by_words(orders)}
+    by_teacher = refresh.matrix(orders, refresh.taught(orders, students), cut, *given, refresh.AGREEMENT)
     counts = _counts(store, today, recipe.student.base)
     since = "the pipeline's log and the student in service" if last == FIRST else f"{last} and the student in service"
-    found = refresh.content(day, since, counts, refresh.drift(today, before, recipe.refresh), rows)
+    found = refresh.content(day, since, counts, refresh.drift(today, before, recipe.refresh), by_grades, by_teacher)
     store.put_table(now.to_arrow(), DAYS, day, SEEN)
     store.put_text(json.dumps(found, indent=1), DAYS, day, "refresh.json")
     store.put_text(refresh.html(found, recipe.evaluate), DAYS, day, "refresh.html")
@@ -171,23 +181,26 @@ def _counts(store: Store, today: pl.DataFrame, start: str) -> Row:
     }
 
 
-class Serving:
-    """Scores the test lists of one part with the student in service, in float32 as the others were."""
+class Students:
+    """Scores the lists of one part that nothing is learned from with both students, in float32."""
 
-    def __init__(self, store: Store, folder: str):
-        self.store, self.engine = store, Engine.from_bundle(folder, engine="torch")
+    def __init__(self, store: Store, in_service: str):
+        old, new = Engine.from_bundle(in_service, engine="torch"), Engine(store.folder("student"))
+        self.store, self.engines = store, {refresh.IN_SERVICE: old, refresh.NEW: new}
 
     def __call__(self, part: int) -> Row:
-        return speed.run(self.engine, self.store.read("groups", part=part, where=evaluate.TEST).to_pylist())
+        groups = self.store.read("groups", part=part, where=pc.field("split") != "train").to_pylist()
+        return {name: speed.run(engine, groups) for name, engine in self.engines.items()}
 
 
 def _runs(recipe: Recipe, store: Store) -> dict[str, Run]:
-    found: dict[str, dict[str, dict[str, float]]] = {model: {} for model in evaluate.MODELS}
-    for row in store.read("scores").to_pylist():
+    found: dict[str, dict[str, dict[str, float]]] = {"bm25": {}, "teacher": {}, refresh.IN_SERVICE: {}, refresh.NEW: {}}
+    for row in store.read("scores", where=pc.field("model") != "student").to_pylist():
         found[row["model"]].setdefault(row["query"], {})[row["doc_id"]] = row["score"]
-    said = parts.each_by(recipe.ingest.parts, Serving, store, recipe.student.base)
-    new, old = found.pop("student"), {query: scores for part in said for query, scores in part.items()}
-    return {**found, refresh.IN_SERVICE: old, refresh.NEW: new}
+    for said in parts.each_by(recipe.ingest.parts, Students, store, recipe.student.base):
+        for model, run in said.items():
+            found[model] |= run
+    return dict(found)
 
 
 # The release

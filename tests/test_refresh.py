@@ -119,12 +119,13 @@ def rows(qrels):
     queries = sorted(qrels)
     runs = {IN_SERVICE: ranked(qrels, queries[:30]), NEW: ranked(qrels, queries[10:])}
     age = refresh.by_age(qrels, queries[:30], [])
-    return refresh.matrix(qrels, runs, {"age": age, "half": {"forgot": queries[:10], "one": queries[:1]}}, CFG, 1)
+    cut = {"age": age, "half": {"forgot": queries[:10], "one": queries[:1]}}
+    return refresh.matrix(qrels, refresh.graded(qrels, runs), cut, CFG, 1)
 
 
 def test_a_slice_that_the_new_student_forgot_is_marked_and_one_that_it_learned(rows):
     assert [(row["slice"], row["queries"], row["tone"]) for row in rows] == [
-        ("all test queries", 40, ""),
+        ("all", 40, ""),
         ("measured before", 30, "down"),
         ("new today", 10, "up"),
         ("forgot", 10, "down"),
@@ -141,16 +142,39 @@ def test_a_query_is_old_new_or_graded_since():
     assert refresh.by_age(["a", "b", "c"], ["a"], ["a", "b"]) == {
         "measured before": ["a"],
         "new today": ["c"],
-        "graded since": ["b"],
+        "measured since": ["b"],
     }
     assert refresh.by_age(["a"], [], []) == {"new today": ["a"]}
 
 
+def test_the_teachers_order_judges_queries_that_nobody_graded():
+    groups = [{"query": f"q{n:02}", "docs": [{"doc_id": d} for d in "abc"]} for n in range(20)]
+    scores = [[0.5, None, 0.5] if n == 19 else [3.5, -1.0, None if n == 18 else 0.2] for n in range(20)]
+    orders = refresh.orders(groups, scores)
+    assert orders["q00"] == {"a": 2, "b": 0, "c": 1} and orders["q18"] == {"a": 1, "b": 0} and len(orders) == 19
+    # One of the three pairs is wrong in service, in the list of two none is; the new one turns all round.
+    given = {IN_SERVICE: {"a": 3, "b": 1, "c": 0}, NEW: {"b": 2, "c": 1, "a": 0}}
+    runs = {model: dict.fromkeys(orders, scores) for model, scores in given.items()}
+    age = refresh.by_age(orders, [], ["q00"])
+    rows = refresh.matrix(orders, refresh.taught(orders, runs), {"age": age}, CFG, 1, refresh.AGREEMENT)
+    assert [(row["slice"], row["queries"], row["tone"]) for row in rows] == [
+        ("all", 19, "down"),
+        ("new today", 18, "down"),
+        ("measured since", 1, ""),
+    ]
+    assert [rows[2]["models"][model]["value"] for model in (IN_SERVICE, NEW)] == [2 / 3, 0.0]
+    assert rows[0]["models"][IN_SERVICE]["value"] == (18 * 2 + 1) / (18 * 3 + 1)
+    assert refresh.matrix([], {}, {}, CFG, 1) == []
+
+
 def test_the_page_says_what_drifted_and_what_was_forgotten(rows):
     measures = refresh.drift(days(new=0.6), days(), Refresh())
-    found = refresh.content("3", "2", {"pairs": 7}, measures, rows)
+    found = refresh.content("3", "2", {"pairs": 7}, measures, rows, rows[:1])
     assert json.loads(json.dumps(found)) == found
-    assert (found["drifted"], found["forgotten"]) == (["max_new_queries"], ["age: measured before", "half: forgot"])
+    assert (found["drifted"], found["forgotten"]) == (
+        ["max_new_queries"],
+        ["age: measured before, ndcg@10", "half: forgot, ndcg@10"],
+    )
     html = refresh.html(found, CFG)
     assert html.count('class="down"') == 2 and html.count(">drift<") == 1 and html.count(">as before<") == 3
     assert "60.0% of the 600 searches" in html and "the new student is worse: it forgets" in html
@@ -195,6 +219,21 @@ def test_a_run_without_a_teacher_is_refused_in_one_line(tmp_path, capsys):
     assert job.main(command(tmp_path, {"root": "r"}, service(tmp_path, bundle="b"), "1")) == 2
     assert "the made-up world has no second day" in capsys.readouterr().err
     assert job.main([*asked[:-1], "../1"]) == 2
+
+
+def test_a_teacher_that_stays_names_the_log_it_was_trained_on(tmp_path):
+    store, data = Store(str(tmp_path)), {"queries": ["q"], "events": ["e"], "documents": ["d"]}
+    made_of = {"searches": [], "groups": ["searches"], "decoder": ["groups"], "teacher": ["decoder", "groups"]}
+    for name, reads in made_of.items():
+        inputs = [] if reads else [["/logs/1", 7, 1]]
+        plain = {"fingerprint": name, "inputs": inputs, "finished": "now", "counts": {}, "rows": 1}
+        store.put_text(json.dumps(plain | {"reads": {of: of for of in reads}}), name, "manifest.json")
+    given = recipe.parse({"root": str(tmp_path), "data": data})
+    assert job._teacher(given, store) == "teacher"
+    kept = store.manifest("teacher")
+    assert (kept["reads"], kept["inputs"]) == ({}, [["/logs/1", 7, 1]])
+    assert kept["trained_on"] == {"decoder": "decoder", "groups": "groups"}
+    assert job._teacher(given, store) == "teacher" and store.manifest("teacher") == kept
 
 
 def test_a_bundle_is_released_once_and_another_never_over_it(released, other, tmp_path):
@@ -383,6 +422,7 @@ def check_matrix(found: dict) -> None:
     """Both students on old and new queries; the numbers of all are the mean of those of the ages."""
     ages = {row["slice"]: row for row in found["matrix"] if row["by"] == "age"}
     assert ages["measured before"]["queries"] > 0 < ages["new today"]["queries"]
+    assert {row["slice"] for row in found["agreement"]} >= {"all", "measured before", "new today"}
     whole = found["matrix"][0]
     assert list(whole["models"]) == ["bm25", "teacher", IN_SERVICE, NEW]
     for model in whole["models"]:

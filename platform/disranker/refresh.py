@@ -1,6 +1,6 @@
 """A night's look back: how far the day's log is from those before, and where the new student is worse than the old."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from typing import Any
@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from disranker import metrics, page, pictures, stages
-from disranker.metrics import Array, Qrels, Run
+from disranker.metrics import METRICS, Array, Qrels, Run
 from disranker.recipe import Evaluate, Publish, Recipe, Refresh, Student, digest
 from disranker.report import HEADLINE, number
 from disranker.slices import Slices
@@ -18,9 +18,13 @@ from disranker.stages import Step
 
 NOT_AGAIN = ("generate", "pretrain", "finetune")  # stages that no night repeats
 IN_SERVICE, NEW = "in service", "new"  # the two students, in the matrix
-OLD_QUERIES, NEW_QUERIES, GRADED_SINCE = "measured before", "new today", "graded since"
+OLD_QUERIES, NEW_QUERIES, LATER = "measured before", "new today", "measured since"
+AGREEMENT = "pair_accuracy"  # with the teacher's order
 CHANCE = 0.001  # how seldom chance alone may take a number over its bar
 COUNTED = pl.Schema({"what": pl.String, "name": pl.String, "shown": pl.Int64, "clicked": pl.Int64})
+Row = Mapping[str, Any]
+Tallies = Mapping[str, Array]  # model -> tally, queries in sorted order
+
 HALF = 0.5  # of a click, added at each position: one that had none would be infinitely far from one that had some
 
 
@@ -187,32 +191,63 @@ def _positions(today: pl.DataFrame, before: pl.DataFrame, bar: float) -> Measure
 # The matrix
 
 
-def by_age(queries: Collection[str], tested: Collection[str], searched: Collection[str]) -> dict[str, list[str]]:
-    """Test queries that the night before had too, that are new in the log, and that only got their grades since."""
-    found: dict[str, list[str]] = {OLD_QUERIES: [], NEW_QUERIES: [], GRADED_SINCE: []}
+def by_age(queries: Collection[str], measured: Collection[str], searched: Collection[str]) -> dict[str, list[str]]:
+    """Queries that the night before measured too, that are new in the log, and that only got their lists since."""
+    found: dict[str, list[str]] = {OLD_QUERIES: [], NEW_QUERIES: [], LATER: []}
     for query in queries:
-        age = OLD_QUERIES if query in tested else GRADED_SINCE if query in searched else NEW_QUERIES
+        age = OLD_QUERIES if query in measured else LATER if query in searched else NEW_QUERIES
         found[age].append(query)
     return {age: of for age, of in found.items() if of}
 
 
+def graded(qrels: Qrels, runs: Mapping[str, Run]) -> Tallies:
+    """What `matrix` needs of runs, by human grades."""
+    return {model: metrics.tally(qrels, run) for model, run in runs.items()}
+
+
+def taught(orders: Qrels, runs: Mapping[str, Run]) -> Tallies:
+    """The same by the teacher's order, of which pair accuracy alone makes sense: grades that high break a gain."""
+    found = {}
+    for model, run in runs.items():
+        right, wrong = metrics.pairs(orders, run)
+        found[model] = np.stack([right, right + wrong], -1)[:, None].repeat(len(METRICS), 1)
+    return found
+
+
+def orders(groups: Iterable[Mapping[str, Any]], scores: Iterable[Sequence[float | None]]) -> dict[str, dict[str, int]]:
+    """The teacher's order of each list as grades; without documents that it has no score for."""
+    found = {}
+    for group, given in zip(groups, scores, strict=True):
+        known = {doc["doc_id"]: score for doc, score in zip(group["docs"], given, strict=True) if score is not None}
+        places = {score: place for place, score in enumerate(sorted(set(known.values())))}
+        if len(places) > 1:
+            found[group["query"]] = {doc_id: places[score] for doc_id, score in known.items()}
+    return found
+
+
 def matrix(
-    qrels: Qrels, runs: Mapping[str, Run], cut: Mapping[str, Slices], cfg: Evaluate, seed: int
+    queries: Collection[str],
+    tallies: Tallies,
+    cut: Mapping[str, Slices],
+    cfg: Evaluate,
+    seed: int,
+    metric: str = HEADLINE,
 ) -> list[dict[str, Any]]:
-    """NDCG@10 of each model on each slice, and of the new student less the one in service, on the same queries."""
-    tallies = {model: metrics.tally(qrels, run) for model, run in runs.items()}
-    queries = np.array(sorted(qrels), dtype=object)
-    whole: dict[str, Slices] = {"all": {"all test queries": sorted(qrels)}}
+    """A metric of each model on each slice, and of the new student less the one in service, on the same queries."""
+    listed = np.array(sorted(queries), dtype=object)
+    whole: dict[str, Slices] = {"all": {"all": sorted(queries)}}
     return [
-        {"by": by, "slice": name} | _row(np.isin(queries, np.array(wanted, dtype=object)), tallies, cfg, seed)
+        {"by": by, "slice": name, "metric": metric}
+        | _row(np.isin(listed, np.array(wanted, dtype=object)), tallies, cfg, seed, metric)
         for by, slices in (whole | dict(cut)).items()
         for name, wanted in slices.items()
+        if len(listed)
     ]
 
 
-def _row(inside: Any, tallies: Mapping[str, Array], cfg: Evaluate, seed: int) -> dict[str, Any]:
-    models = {name: metrics.intervals(tally[inside], cfg, seed)[HEADLINE] for name, tally in tallies.items()}
-    found = metrics.compare(tallies[NEW][inside], tallies[IN_SERVICE][inside], cfg, seed)[HEADLINE]
+def _row(inside: Any, tallies: Tallies, cfg: Evaluate, seed: int, metric: str) -> dict[str, Any]:
+    models = {name: metrics.intervals(tally[inside], cfg, seed)[metric] for name, tally in tallies.items()}
+    found = metrics.compare(tallies[NEW][inside], tallies[IN_SERVICE][inside], cfg, seed)[metric]
     return {
         "queries": int(inside.sum()),
         "models": {name: asdict(interval) for name, interval in models.items()},
@@ -232,17 +267,24 @@ def _tone(found: metrics.Difference, cfg: Evaluate) -> str:
 
 
 def content(
-    day: str, since_day: str, counts: Mapping[str, Any], measures: Sequence[Measure], rows: Any
+    day: str,
+    since_day: str,
+    counts: Mapping[str, Any],
+    measures: Sequence[Measure],
+    by_grades: Sequence[Row],
+    by_teacher: Sequence[Row],
 ) -> dict[str, Any]:
     """What goes into refresh.json."""
+    worse = [row for row in (*by_grades, *by_teacher) if row["tone"] == "down"]
     return {
         "day": day,
         "since": since_day,
         "counts": dict(counts),
         "drifted": [measure.name for measure in measures if measure.drifted],
         "drift": [asdict(measure) | {"drifted": measure.drifted} for measure in measures],
-        "forgotten": [f"{row['by']}: {row['slice']}" for row in rows if row["tone"] == "down"],
-        "matrix": rows,
+        "forgotten": [f"{row['by']}: {row['slice']}, {row['metric']}" for row in worse],
+        "matrix": list(by_grades),
+        "agreement": list(by_teacher),
     }
 
 
@@ -254,8 +296,7 @@ def html(found: Mapping[str, Any], cfg: Evaluate) -> str:
         "refresh.html.j2",
         found=found,
         confidence=cfg.confidence,
-        models=list(rows[0]["models"]),
-        sliced=page.SLICED | {"all": "all", "age": "age of the query"},
+        sliced=page.SLICED | {"all": "all", "age": "since when it is known"},
         few=page.FEW,
         sentences=sentences(found),
         picture=pictures.differences(names, rows, "new less in service, NDCG@10"),
@@ -266,16 +307,15 @@ def sentences(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(tone, sentence), what a person must see first."""
     said = [("bad", f"Drift: {one['sentence']}") for one in found["drift"] if one["drifted"]]
     said = said or [("good", "The day's log is like those before: no number is over its bar.")]
-    for row in found["matrix"]:
-        if row["tone"]:
-            verdict = "worse: it forgets" if row["tone"] == "down" else "better"
-            said.append(
-                (
-                    "bad" if row["tone"] == "down" else "good",
-                    f"On {row['slice']} ({row['queries']:,}) the new student is {verdict}: NDCG@10 "
-                    f"{number(row['models'][NEW]['value'])} against {number(row['models'][IN_SERVICE]['value'])}.",
-                )
-            )
+    said += [_found(row) for row in (*found["matrix"], *found["agreement"]) if row["tone"]]
     if not any(row["slice"] == NEW_QUERIES for row in found["matrix"]):
-        said.append(("open", "No query that is new today has grades: nothing tells how either does on new ones."))
+        said.append(("open", "No query that is new today has grades: only the teacher tells how either does on them."))
     return said
+
+
+def _found(row: Row) -> tuple[str, str]:
+    tone, verdict = ("bad", "worse: it forgets") if row["tone"] == "down" else ("good", "better")
+    called = page.named(row["metric"]) + (" by the teacher" if row["metric"] == AGREEMENT else "")
+    new, old = (number(row["models"][model]["value"]) for model in (NEW, IN_SERVICE))
+    where = f"{row['queries']:,} queries, {row['slice']}"
+    return tone, f"On {where}, the new student is {verdict}: {called} {new} against {old}."
