@@ -105,6 +105,42 @@ def test_the_psi_of_a_third_and_two_thirds_turned_round_is_the_log_of_two_by_two
     assert "position 1.3 on average, on 1.7" in measure.sentence
 
 
+# The steps of a night
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A recipe with one log file."""
+    data = {"queries": "q-1", "events": "e-1", "documents": "d-1"}
+    for name in data.values():
+        (tmp_path / name).write_text("")
+    globs = {what: [f"{tmp_path}/{name[:2]}*"] for what, name in data.items()}
+    return recipe.parse(
+        {"root": str(tmp_path / "run"), "data": globs, "student": {"width": 32, "heads": 2, "layers": 1}}
+    )
+
+
+def test_a_night_starts_its_student_from_the_bundle_in_service_and_holds_it_against_that_one(shop, released):
+    tonight = refresh.nightly(shop, str(released))
+    assert recipe.parse(tonight.model_dump()) == tonight  # as a worker reads it
+    assert (tonight.student.base, tonight.student.layers, tonight.student.take) == (str(released), 1, "first")
+    assert tonight.publish.in_service == str(released)
+    assert tonight.model_copy(update={"student": shop.student, "publish": shop.publish}) == shop
+
+
+def test_a_night_does_the_steps_of_the_pipeline_but_the_teachers_which_stands(shop, tmp_path):
+    plain, night = ({step.stage.name: step for step in of} for of in (stages.steps(shop), refresh.steps(shop, "t")))
+    assert [name for name in plain if name not in night] == ["pretrain", "finetune"]
+    for name in ("ingest", "aggregate", "sample"):
+        assert night[name] == plain[name]  # what the pipeline did stands
+    assert night["score"].reads == {"teacher": "t", "groups": night["sample"].fingerprint}
+    assert night["distill"].reads["labels"] == night["score"].fingerprint != plain["score"].fingerprint
+    assert list(night)[-1] == "publish" and night["publish"].reads["student"] == night["distill"].fingerprint
+    (tmp_path / "q-2").write_text("")
+    later = {step.stage.name: step.fingerprint for step in refresh.steps(shop, "t")}
+    assert not set(later.values()) & {step.fingerprint for step in night.values()}
+
+
 # The matrix
 
 
