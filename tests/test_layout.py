@@ -93,7 +93,7 @@ def test_the_jobs_targets_and_recipes_that_a_page_names_exist(page):
     assert targets <= rules
 
 
-@pytest.mark.parametrize("name", ["pipeline", "demo", "ingest", "score", "forget", "export", "compare"])
+@pytest.mark.parametrize("name", ["pipeline", "demo", "ingest", "score", "forget", "export", "compare", "refresh"])
 def test_a_job_answers_to_help(name, capsys, monkeypatch):
     """As `python -m` runs it, without the seconds that another Python takes to import Ray."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])

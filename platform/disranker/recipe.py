@@ -245,6 +245,16 @@ class Publish(Settings):
     timing_rounds: Count = 5  # over them, after a first one that does not count; the median is told
 
 
+class Refresh(Settings):
+    """What a night calls a drift of the day's log, beyond what chance does, and who sees its student first."""
+
+    max_new_queries: Share = 0.3  # of the day's searches, of queries that no day before has
+    max_new_documents: Share = 0.3  # of the results that the day showed
+    max_click_change: Positive = 0.25  # of the click-through, up or down, as a share of that before
+    max_position_shift: Positive = 0.25  # population stability index of the positions of clicks
+    share: Annotated[float, Gt(0), Le(1)] = 0.1  # of clients, whom the canary answers
+
+
 class Serve(Settings):
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     tokens_per_batch: Count = 1024
@@ -268,6 +278,7 @@ class Recipe(Settings):
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     publish: Publish = Publish()
+    refresh: Refresh = Refresh()
     serve: Serve = Serve()
 
     @pydantic.model_validator(mode="after")
