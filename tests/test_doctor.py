@@ -231,6 +231,11 @@ def test_the_file_of_the_autoscaler_says_how_large_the_cluster_may_become():
     assert (found.total("CPU"), found.total("GPU")) == (29, 4)  # 1 + 3 * 8 + 4, or 4 GPUs, of a head and 4 workers
 
 
+def test_no_second_head_is_counted_on():
+    types = CONFIG["available_node_types"] | {"head": {"resources": {"CPU": 100}}}
+    assert capacity.autoscaled(CONFIG | {"available_node_types": types}).total("CPU") == 128
+
+
 def test_kinds_whose_size_the_cloud_fills_in_are_not_guessed():
     types = CONFIG["available_node_types"] | {"cpu": {"resources": {}}}
     assert capacity.autoscaled(CONFIG | {"available_node_types": types}) is None
