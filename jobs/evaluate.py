@@ -37,7 +37,7 @@ def run(recipe: Recipe, store: Store, step: Step) -> dict[str, Any]:
     outside = trec.outside(files, qrels, MODELS) if qrels else {}
     counts = parts.total(parts.each_by(recipe.ingest.parts, Judge, recipe, store))
     runs = _runs(store, outside)
-    found = report.evaluate(qrels, runs, recipe.evaluate, recipe.seed, _slices(groups, store))
+    found = report.evaluate(qrels, runs, recipe.evaluate, recipe.seed, sliced(groups, store))
     found["perturbed"] = perturb.drops(qrels, runs, _perturbed(store), recipe.evaluate, recipe.seed)
     found["click_models"] = store.manifest("evidence")["counts"].get("model")
     found["training"] = {stage: made["counts"] for stage, name in TRAINED.items() if (made := store.finished(name))}
@@ -106,7 +106,7 @@ def _perturbed(store: Store) -> dict[tuple[str, str], Run]:
     return dict(runs)
 
 
-def _slices(groups: list[Group], store: Store) -> dict[str, Slices]:
+def sliced(groups: list[Group], store: Store) -> dict[str, Slices]:
     queries = [group["query"] for group in groups]
     of_test = pc.field("query").isin(pa.array(queries, pa.string()))
     clicked = set(store.read("evidence", ["query"], where=of_test & (pc.field("clicks") > 0))["query"].to_pylist())

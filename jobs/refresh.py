@@ -150,7 +150,7 @@ def _look_back(recipe: Recipe, store: Store, day: str, last: str) -> Row:
     qrels, orders = metrics.judged(tested), refresh.orders(others, Teacher.of(recipe, store).scores(others))
     students = {model: runs[model] for model in (refresh.IN_SERVICE, refresh.NEW)}
     given = (recipe.evaluate, recipe.seed)
-    cut = {"age": refresh.by_age(qrels, known, searched)} | evaluate._slices(tested, store)
+    cut = {"age": refresh.by_age(qrels, known, searched)} | evaluate.sliced(tested, store)
     by_grades = refresh.matrix(qrels, refresh.graded(qrels, runs), cut, *given)
     cut = {"age": refresh.by_age(orders, known, searched), "query_words": slices.by_words(orders)}
     by_teacher = refresh.matrix(orders, refresh.taught(orders, students), cut, *given, refresh.AGREEMENT)
