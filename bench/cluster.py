@@ -9,6 +9,7 @@ The nodes are those of `bench.one_host`; schema, commands, token and autoscaler 
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -106,6 +107,7 @@ class Cluster:
         finally:
             for home in self.homes():  # the head first, or its autoscaler starts others
                 end(home)
+                shutil.rmtree(f"/tmp/{self.gcs}-{home.name.rpartition('.')[2]}", ignore_errors=True)
 
     def command(self, start: str) -> list[str]:
         """The command of docs/cluster.md that begins so, with this cluster's file and address."""

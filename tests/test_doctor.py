@@ -523,3 +523,17 @@ def test_what_is_no_head_is_told_in_one_line(cluster):
     said = _refused(cluster.jobs.removeprefix("http://"))
     assert "is no head of Ray" in said
     assert "ray job submit" in _refused(cluster.jobs)
+
+
+def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
+    """`jobs.training` and `jobs.score` refuse what would wait for ever, and nothing that nodes will come for."""
+    from jobs import score, training
+
+    cfg = recipes.parse({"root": "/tmp/x", "finetune": {"workers": 2, "gpus_per_worker": 1}, "score": {"actors": 3}})
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(job, "largest", lambda name: {"CPU": 4.0, "GPU": 2.0}[name])
+    training._check(cfg.finetune, "finetune")
+    monkeypatch.setattr(job, "largest", lambda name: {"CPU": 4.0, "GPU": 1.0}[name])
+    with pytest.raises(Refused, match="2 workers of 1 GPU need 2, the cluster has 1"):
+        training._check(cfg.finetune, "finetune")
+    assert score._room(cfg.score) == score._room(cfg.score, lambda name: {"CPU": 4.0}[name]) == 3
