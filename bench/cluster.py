@@ -1,6 +1,6 @@
 """`ray up cluster.yaml` on one host: all stages by `ray job submit` while nodes die, and growth while there is work.
 
-    python -m bench.cluster --only submitted     a head without work and two nodes; one dies in each of three stages
+    python -m bench.cluster --only submitted     a head without work and two nodes, of which one dies
     python -m bench.cluster --only growth        scoring alone: from one node to the most, and back
 
 The nodes are those of `bench.one_host`; schema, commands, token and autoscaler are as on a cloud.
@@ -9,7 +9,6 @@ The nodes are those of `bench.one_host`; schema, commands, token and autoscaler 
 import math
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from disranker.store import Store
 EXACT = ("documents", "judgments", "searches", "rejects", "evidence", "queries", "clicked", "groups")
 ALL = (*EXACT, "scores")  # as keys and scores of the teacher, of the student and of BM25
 DIGITS = 1e-3  # of scores and metrics
-KILLED = ("ingest", "pretrain", "score")  # stages in which a node dies
+KILLED = ("ingest",)  # stages in which a node dies; see bench.one_host for why not later
 MARK = "DISRANKER_NODE"  # of the environment of what runs on a node: its home
 DIE_AFTER_S = 2.0  # of the stage's start
 Json = dict[str, Any]
@@ -107,7 +106,6 @@ class Cluster:
         finally:
             for home in self.homes():  # the head first, or its autoscaler starts others
                 end(home)
-                shutil.rmtree(f"/tmp/{self.gcs}-{home.name.rpartition('.')[2]}", ignore_errors=True)
 
     def command(self, start: str) -> list[str]:
         """The command of docs/cluster.md that begins so, with this cluster's file and address."""

@@ -5,6 +5,10 @@ the commands that start Ray, is as on a cloud. `provider` of the YAML:
 
     {type: external, module: bench.one_host.OneHost, folder: /tmp/nodes, port: 40123, dashboard: 40124, first: 1}
 
+One thing differs: nodes of one host share the folder into which Ray unpacks what a job brings. A node that comes later
+unpacks it anew, and processes of the others lose the folder they work in, so that an engine of vLLM no longer starts:
+kill nodes here while logs are read, not while the teacher works.
+
 Addresses are 127.0.<first>.1 and so on. What runs on a node has its home in
 `MARK` of its environment, and ends by that.
 """
@@ -146,16 +150,11 @@ class Shell(CommandRunnerInterface):
         if command.rstrip().endswith("ray stop"):
             return "true"  # it ends every Ray of the host
         own = f"ray start --node-ip-address={self._node} --object-store-memory={MEMORY}"
-        # A node that starts empties the folder of its session, in which others of this host would be at work.
-        own += f" --dashboard-agent-listen-port={runs.free_port()} --temp-dir={self._temporary()}"
+        own += f" --dashboard-agent-listen-port={runs.free_port()}"
         if "--head" in command:
             own += f" --dashboard-port={self._config['dashboard']} --ray-client-server-port={runs.free_port()}"
         gcs = str(self._config["port"])
         return command.replace("ray start", own).replace("=6379", f"={gcs}").replace(":6379", f":{gcs}")
-
-    def _temporary(self) -> str:
-        """A short one: the names of sockets have 107 bytes at most."""
-        return f"/tmp/{self._config['port']}-{self._node.rpartition('.')[2]}"
 
     def environment(self) -> dict[str, str]:
         """That of a machine of its own: nothing of the Ray around it, and this project installed."""
