@@ -139,7 +139,7 @@ def test_an_engine_without_its_file_is_refused_and_not_replaced(student, tmp_pat
 
 def test_an_unknown_engine_is_refused_with_those_that_there_are(student):
     with pytest.raises(
-        Refused, match="no engine 'tensorrt'; there are torch, onnx, openvino, openvino-bf16, openvino-"
+        Refused, match="no engine 'tensorrt'; there are torch, torch-gpu, onnx, openvino, openvino-bf16, openvino-"
     ):
         Engine(student, engine="tensorrt")
 
@@ -184,3 +184,32 @@ def test_nothing_connects_and_nothing_that_reports_is_loaded_on_the_whole_way(st
     assert run.returncode == 0, run.stderr
     assert run.stdout == "[]\n"
     assert not list((tmp_path / "home").rglob("*openvino*"))
+
+
+@pytest.mark.parametrize("dtype, far", [(torch.bfloat16, 0.2), (torch.float16, 0.02)])
+def test_torch_in_16_bits_scores_otherwise_than_in_32_and_ranks_alike(student, exact, dtype, far):
+    """As on a GPU, but for the device."""
+    tokens = Tokens.load(student)
+    forward = engines.Torch(student, tokens.contract, None, "cpu", dtype)
+    prompts = tokens.prompts(*some_pairs(40))
+    scores = forward(engines.Rows.padded(prompts, tokens.contract.pad))
+    assert 0 < max(abs(np.subtract(scores, exact))) < far
+    assert np.corrcoef(scores, exact)[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_runs_bfloat16_where_it_can(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert engines.half() is dtype
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_engine_for_one_is_refused_in_a_line(student):
+    with pytest.raises(Refused, match="torch-gpu does not run here: torch sees no GPU"):
+        Engine(student, engine="torch-gpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_40_pairs_rank_as_on_the_cpu(student, exact):
+    scores = Engine(student, engine="torch-gpu").scores(*some_pairs(40))
+    assert np.corrcoef(scores, exact)[0, 1] > 0.99

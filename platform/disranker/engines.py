@@ -1,13 +1,14 @@
 """The forms in which a student runs, and what each needs in its folder.
 
 torch          model.safetensors                             float32, any device's numbers compare with it
+torch-gpu      the same                                      bfloat16, or float16 on cards that lack it; NVIDIA
 onnx           model.onnx                                    float32, ONNX Runtime
 openvino       openvino_model.xml, openvino_model.bin        float32
 openvino-bf16  the same                                      bfloat16, on CPUs that compute in it
 openvino-int8  openvino_int8.xml, openvino_int8.bin          weights and activations in 8 bits
 
-All run on the CPU. A form whose files are absent, or that the CPU cannot compute in, is refused, never replaced by
-another.
+All but `torch-gpu` run on the CPU. A form whose files are absent, or that this machine cannot compute in, is refused,
+never replaced by another.
 """
 
 import sys
@@ -22,12 +23,13 @@ from disranker.batches import Rows
 from disranker.contract import Contract
 from disranker.recipe import Refused
 
-Name = Literal["torch", "onnx", "openvino", "openvino-bf16", "openvino-int8"]
+Name = Literal["torch", "torch-gpu", "onnx", "openvino", "openvino-bf16", "openvino-int8"]
 Forward = Callable[[Rows], list[float]]  # a raw logit for each row
 
 NAMES: tuple[Name, ...] = get_args(Name)
 FILES: dict[Name, tuple[str, ...]] = {
     "torch": ("model.safetensors", "config.json"),
+    "torch-gpu": ("model.safetensors", "config.json"),
     "onnx": ("model.onnx",),
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
     "openvino-bf16": ("openvino_model.xml", "openvino_model.bin"),
@@ -50,6 +52,7 @@ def load(folder: str | Path, name: Name, agreed: Contract, threads: int | None) 
         raise Refused(f"{folder}: the engine {name} does not run here: {reason}")
     made: dict[Name, Callable[[], Forward]] = {
         "torch": lambda: Torch(Path(folder), agreed, threads),
+        "torch-gpu": lambda: Torch(Path(folder), agreed, threads, "cuda", half()),
         "onnx": lambda: Onnx(Path(folder) / FILES["onnx"][0], threads),
         "openvino": lambda: OpenVINO(Path(folder) / FILES["openvino"][0], threads),
         "openvino-bf16": lambda: OpenVINO(Path(folder) / FILES["openvino-bf16"][0], threads, "bf16"),
@@ -59,7 +62,9 @@ def load(folder: str | Path, name: Name, agreed: Contract, threads: int | None) 
 
 
 def unable(name: Name) -> str | None:
-    """Why this CPU does not run a form; None where it does. OpenVINO itself would compute in float32 without a word."""
+    """Why this machine does not run a form; None where it does. OpenVINO itself would compute in float32, silently."""
+    if name == "torch-gpu":
+        return None if torch.cuda.is_available() else "torch sees no GPU: a replica has one with num_gpus: 1"
     if name != "openvino-bf16":
         return None
     able = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -67,17 +72,30 @@ def unable(name: Name) -> str | None:
 
 
 class Torch:
-    """The weights as training left them."""
+    """The weights as training left them, or rounded to fewer bits."""
 
-    def __init__(self, folder: Path, agreed: Contract, threads: int | None):
+    def __init__(
+        self,
+        folder: Path,
+        agreed: Contract,
+        threads: int | None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         if threads is not None:
             torch.set_num_threads(threads)
         self.model = bert(folder, agreed)
+        torch.nn.Module.to(self.model, torch.device(device), dtype)  # that of transformers has no types
 
     @torch.inference_mode()
     def __call__(self, rows: Rows) -> list[float]:
-        output = self.model(**rows.inputs(self.model))
-        return cast(list[float], output.logits.squeeze(-1).tolist())
+        output = self.model(**rows.to(self.model.device).inputs(self.model))
+        return cast(list[float], output.logits.squeeze(-1).float().tolist())
+
+
+def half() -> torch.dtype:
+    """Of 16 bits, that this GPU computes in."""
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 class Onnx:
