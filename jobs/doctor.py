@@ -243,11 +243,9 @@ def largest(resource: str) -> float:
     here = float(ray.cluster_resources().get(resource, 0))
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     head = ray.get_runtime_context().gcs_address
-    look = ray.remote(probe.autoscaling).options(num_cpus=0, max_retries=0)
-    asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(head)
-        for node in alive
-    ]
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in alive]
+    look = ray.remote(probe.autoscaling)
+    asked = [look.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(head) for place in places]
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=NODE_S)
     found = []
     for one in ready:

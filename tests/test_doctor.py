@@ -525,6 +525,12 @@ def test_what_is_no_head_is_told_in_one_line(cluster):
     assert "ray job submit" in _refused(cluster.jobs)
 
 
+def test_without_an_autoscaler_there_is_what_there_is(ray_here):
+    import ray
+
+    assert job.largest("CPU") == ray.cluster_resources()["CPU"] and job.largest("GPU") == 0
+
+
 def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
     """`jobs.training` and `jobs.score` refuse what would wait for ever, and nothing that nodes will come for."""
     from jobs import score, training
