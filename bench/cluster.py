@@ -274,12 +274,20 @@ def unlike(one: Store, other: Store, tables: Sequence[str] = ALL) -> list[str]:
     """What differs between two runs: anything but fractions, and of those more than three digits."""
     found = []
     for table in tables:
-        rows = [sorted(map(parted, store.read(table).to_pylist()), key=repr) for store in (one, other)]
+        rows = [sorted(map(parted, _rows(store, table)), key=repr) for store in (one, other)]
         if [exact for exact, _ in rows[0]] != [exact for exact, _ in rows[1]]:
             found.append(f"{table}: {len(rows[0])} and {len(rows[1])} rows")
         elif not close([each for _, each in rows[0]], [each for _, each in rows[1]]):
             found.append(f"{table}: numbers")
     return found
+
+
+def _rows(store: Store, table: str) -> list[Json]:
+    """Of a table; files within the store by their place in it."""
+    return [
+        {key: value.removeprefix(store.path) if isinstance(value, str) else value for key, value in row.items()}
+        for row in store.read(table).to_pylist()
+    ]
 
 
 def parted(value: Any) -> tuple[Any, list[float]]:
