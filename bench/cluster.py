@@ -68,9 +68,8 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of whoever operates it: nothing of another Ray, and the token in their home."""
-        kept = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
-        return kept | {"HOME": str(self.folder / "operator"), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+        """Of whoever operates it, with the token in their home."""
+        return apart(self.folder / "operator") | {"RAY_AUTH_MODE": "token"}
 
     def config(self) -> Json:
         """cluster.yaml with another provider, without the container, and with nodes of this size."""
@@ -172,11 +171,16 @@ class Cluster:
         return "".join(f"\n{log}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
 
     def until(self, what: Callable[[], Any]) -> None:
-        over = time.monotonic() + START_S
-        while not what():
-            if time.monotonic() > over:
-                raise runs.Broken(f"the cluster was not as it should be in {START_S:g} s: {self.said()}")
-            time.sleep(0.5)
+        try:
+            runs.until(what, None, START_S, 0.5)
+        except runs.Broken as error:
+            raise runs.Broken(f"the cluster is not as it should be: {error}: {self.said()}") from None
+
+
+def apart(home: Path) -> dict[str, str]:
+    """The environment of a machine of its own, with this project installed: nothing of the Ray around it."""
+    kept = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
+    return kept | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def processes(home: Path) -> list[psutil.Process]:

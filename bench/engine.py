@@ -122,7 +122,7 @@ def refused() -> dict[str, str]:
     """form -> why this CPU is not asked for it."""
     from disranker import engines
 
-    return {name: reason for name in engines.NAMES if (reason := engines.unable(name))}
+    return {name: reason for name in engines.NAMES if name in FORMS and (reason := engines.unable(name))}
 
 
 def flops(model: "torch.nn.Module", lengths: list[int]) -> float:

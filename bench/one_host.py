@@ -9,8 +9,7 @@ One thing differs: nodes of one host share the folder into which Ray unpacks wha
 unpacks it anew, and processes of the others lose the folder they work in, so that an engine of vLLM no longer starts:
 kill nodes here while logs are read, not while the teacher works.
 
-Addresses are 127.0.<first>.1 and so on. What runs on a node has its home in
-`MARK` of its environment, and ends by that.
+Addresses are 127.0.<first>.1 and so on. What runs on a node has its home in `MARK` of its environment, and ends by it.
 """
 
 import fcntl
@@ -30,7 +29,7 @@ from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.node_provider import NodeProvider
 
 from bench import runs
-from bench.cluster import MARK, end
+from bench.cluster import MARK, apart, end
 
 MEMORY = 200_000_000  # bytes of each node's object store
 
@@ -89,9 +88,6 @@ class OneHost(NodeProvider):
     def get_command_runner(self, log_prefix: str, node_id: str, *_: Any, **__: Any) -> "Shell":
         return Shell(node_id, self._folder / node_id, self.provider_config)
 
-    def prepare_for_head_node(self, cluster_config: Json) -> Json:
-        return cluster_config
-
     def _file(self, node: str) -> Path:
         return self._folder / f"{node}.json"
 
@@ -119,8 +115,6 @@ class Shell(CommandRunnerInterface):
         self,
         cmd: str | None = None,
         timeout: int = 120,
-        exit_on_fail: bool = False,
-        port_forward: Any = None,
         with_output: bool = False,
         environment_variables: Json | None = None,
         **_: Any,
@@ -147,7 +141,7 @@ class Shell(CommandRunnerInterface):
 
     def here(self, command: str) -> str:
         """The command where other nodes, and other Rays, are on the same host."""
-        if command.rstrip().endswith("ray stop"):
+        if "ray stop" in command:
             return "true"  # it ends every Ray of the host
         own = f"ray start --node-ip-address={self._node} --object-store-memory={MEMORY}"
         own += f" --dashboard-agent-listen-port={runs.free_port()}"
@@ -157,27 +151,13 @@ class Shell(CommandRunnerInterface):
         return command.replace("ray start", own).replace("=6379", f"={gcs}").replace(":6379", f":{gcs}")
 
     def environment(self) -> dict[str, str]:
-        """That of a machine of its own: nothing of the Ray around it, and this project installed."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return kept | {
-            "HOME": str(self._home),
-            "PATH": path,
-            "PYTHONPATH": f"{runs.ROOT}:{runs.ROOT / 'platform'}",
-            MARK: str(self._home),
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        }
+        return apart(self._home) | {"PATH": path, MARK: str(self._home), "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
 
     def run_rsync_up(self, source: str, target: str, options: Json | None = None) -> None:
         place = Path(target.replace("~", str(self._home), 1))
-        if Path(source).is_dir():
-            shutil.copytree(source, place, dirs_exist_ok=True)
-        else:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, place)
-
-    def run_rsync_down(self, source: str, target: str, options: Json | None = None) -> None:
-        shutil.copy2(source.replace("~", str(self._home), 1), target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, place)
 
     def remote_shell_command_str(self) -> str:
         return f"HOME={self._home} bash"

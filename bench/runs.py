@@ -103,15 +103,18 @@ def workers(roots: Iterable[int], word: str) -> list[psutil.Process]:
 
 
 def until(
-    what: Callable[[], Found], process: subprocess.Popen[bytes], timeout_s: float = 600, every_s: float = LOOK_EVERY_S
+    what: Callable[[], Found],
+    process: subprocess.Popen[bytes] | None,
+    timeout_s: float = 600,
+    every_s: float = LOOK_EVERY_S,
 ) -> Found:
     """The first answer that is not empty. Raises `Broken` when the process ends before, or the time is over."""
     over = time.monotonic() + timeout_s
     while not (answer := what()):
-        if process.poll() is not None:
+        if process and process.poll() is not None:
             raise Broken(f"the job ended with {process.returncode} before it was due")
         if time.monotonic() > over:
-            raise Broken(f"the job was not there in {timeout_s:.0f} s")
+            raise Broken(f"it was not there in {timeout_s:.0f} s")
         time.sleep(every_s)
     return answer
 

@@ -5,8 +5,8 @@
 
 Measured here, on two cores: lines a second of `ingest`, impressions of `aggregate`, bytes of a page in the log, in the
 tables and of a label, documents a second of the endpoint. Not measured: GPUs. Their hours are operations (6 for each
-parameter and token in training, 4 with adapters alone, 2 in scoring) over the peak of a card times the share of it
-that one hopes for. Prices are yours to put in.
+parameter and token in training, 2 in scoring) over the peak of a card times the share of it that one hopes for.
+Prices are yours to put in.
 """
 
 import argparse

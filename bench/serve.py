@@ -138,17 +138,17 @@ def load(plan: Plan, server: Server, *streams: str, seconds: float | None = None
 
 @contextmanager
 def load_running(
-    plan: Plan, server: Server, *streams: str, seconds: float | None = None, start: int = 0, disturbed: bool = False
+    plan: Plan, server: Server, *streams: str, seconds: float | None = None, start: int = 0, retry: bool = False
 ) -> Iterator[Callable[[], list[Json]]]:
     """The same while something else is done; what is given waits for its end.
 
-    Where the endpoint is `disturbed`, a client tries once more.
+    With `retry` a client that was refused, or not answered, tries once more.
     """
     command = [sys.executable, "-m", "bench.load", server.url, str(made(plan).requests)]
     command += [f"--{stream}" for stream in streams]
     command += ["--seconds", str(seconds or plan.seconds), "--start", str(start), "--timeout", str(DEADLINE_S)]
     process = subprocess.Popen(
-        command + ["--retry"] * disturbed,
+        command + ["--retry"] * retry,
         cwd=runs.ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -369,7 +369,7 @@ def faults(plan: Plan) -> Iterator[Line]:
 
 
 def disturbed(plan: Plan, ours: Endpoint, name: str, event: Callable[[], Any], stream: str) -> Line:
-    with load_running(plan, ours.server, stream, seconds=plan.fault_seconds, disturbed=True) as finished:
+    with load_running(plan, ours.server, stream, seconds=plan.fault_seconds, retry=True) as finished:
         time.sleep(plan.fault_seconds / 3)
         event()
         (said,) = finished()
@@ -386,7 +386,7 @@ def grown(plan: Plan, ours: Endpoint) -> Line:
         while len(ours.workers("Reranker")) != replicas:
             if time.monotonic() > began + START_S:
                 raise runs.Broken(f"not {replicas} replicas within {START_S:g} s of {clients} clients")
-            said += load(plan, ours.server, f"closed={DOCUMENTS}x{clients}", seconds=plan.fault_seconds, disturbed=True)
+            said += load(plan, ours.server, f"closed={DOCUMENTS}x{clients}", seconds=plan.fault_seconds, retry=True)
     return _lost("growth from 1 replica to 2 and back", *said)
 
 

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 from disranker import comparison, lines, stages, trec
 from disranker.comparison import Side
-from disranker.recipe import Refused
+from disranker.recipe import Refused, in_a_line
 from disranker.store import Store
 from jobs import launch
 from jobs.launch import Failed, say
@@ -23,7 +23,7 @@ def run(a: str, b: str, out: str | None = None) -> None:
     try:
         Store(out).put_text(comparison.html(one, other))
     except OSError as error:
-        raise Failed(f"compare: {out} cannot be written: {' '.join(str(error).split())}") from error
+        raise Failed(f"compare: {out} cannot be written: {in_a_line(error)}") from error
     say(f"compare: {out}")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import socket
 import sys
@@ -16,19 +15,15 @@ from typing import Any
 import ray
 import yaml
 from pyarrow import fs
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from disranker import capacity, doctor
+from disranker import doctor
 from disranker import recipe as recipes
-from disranker.capacity import Cluster, Kind
 from disranker.doctor import Deployment, Facts, Finding, Node
-from disranker.recipe import Recipe, Refused
+from disranker.recipe import Recipe, Refused, in_a_line
 from disranker.store import Store
-from jobs import launch, probe
+from jobs import launch, nodes, probe
 
 CONNECT_S = 5.0  # until the head answers
-NODE_S = 60.0  # until a task on a node does: a worker may have to start there first
-UNBOUNDED = 1e6  # CPUs or GPUs, where nothing says how many nodes there may be
 STORAGE_S = 60.0  # until the storage does: clients of object stores try again by themselves
 SERVE_CONFIG = "serve/config.yaml"
 TOKEN = "put that of the cluster into ~/.ray/auth_token, or into RAY_AUTH_TOKEN"
@@ -127,8 +122,8 @@ def join(address: str) -> None:
         launch.connect()
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise Refused(
-            f"Ray at {address} cannot be joined: {_line(error)}; have one Ray and Python on all machines, and where "
-            "this one is no node use ray job submit"
+            f"Ray at {address} cannot be joined: {in_a_line(error)}; have one Ray and Python on all machines, and "
+            "where this one is no node use ray job submit"
         ) from error
 
 
@@ -141,7 +136,9 @@ def gather(recipe: Recipe, serve_config: str, address: str | None, asks_for_toke
     try:
         store = Store(recipe.root)
     except (OSError, ValueError) as error:
-        raise Refused(f"root {recipe.root}: {_line(error)}; give a folder, or a URI such as s3://bucket/run") from error
+        raise Refused(
+            f"root {recipe.root}: {in_a_line(error)}; give a folder, or a URI such as s3://bucket/run"
+        ) from error
     folder, content = f".doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes
     new, fault = within(STORAGE_S, lambda: _put(store, folder, content))
     try:
@@ -157,7 +154,7 @@ def gather(recipe: Recipe, serve_config: str, address: str | None, asks_for_toke
         asks_for_token=asks_for_token,
         silent=silent,
         storage=fault or unlisted,
-        most=most([said["autoscaling"] for said in found.values()]),
+        most=nodes.most(said["autoscaling"] for said in found.values()),
         serve=endpoint,
     )
 
@@ -170,7 +167,7 @@ def within(seconds: float, work: Callable[[], Any]) -> tuple[Any, str | None]:
         try:
             found[0] = work(), None
         except Exception as error:  # each file system has its own
-            found[0] = None, f"{type(error).__name__}: {_line(error)}"
+            found[0] = None, f"{type(error).__name__}: {in_a_line(error)}"
 
     thread = threading.Thread(target=guarded, daemon=True)  # one that hangs must not keep this process
     thread.start()
@@ -193,27 +190,14 @@ def _remove(store: Store, folder: str, new: bool | None) -> None:
 
 
 def ask(uri: str, folder: str, content: bytes) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """What each node says, and why others say nothing.
-
-    Asks for no CPU, as a head may have none, and waits for no node longer than `NODE_S`.
-    """
-    head, pending = ray.get_runtime_context().gcs_address, {}
-    ray.cloudpickle.register_pickle_by_value(probe)  # a node need not have it
-    try:
-        for node in filter(lambda node: node["Alive"], ray.nodes()):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(probe.look).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-            pending[task.remote(uri, folder, node["NodeID"], content, head)] = node
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(probe)
-    ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_S)
-    found, silent = {}, {_name(pending[one]): f"no answer within {NODE_S:g} s" for one in late}
-    for one in ready:
-        node = pending[one]
-        try:
-            found[_name(node)] = {**ray.get(one), "id": node["NodeID"], "resources": node["Resources"]}
-        except ray.exceptions.RayError as error:
-            silent[_name(node)] = str(error).strip().splitlines()[-1]
+    """What each node says, and why others say nothing."""
+    head = ray.get_runtime_context().gcs_address
+    found, silent = {}, {}
+    for node, said in nodes.ask(probe.look, lambda node: (uri, folder, node["NodeID"], content, head)):
+        if isinstance(said, Exception):
+            silent[_name(node)] = str(said).strip().splitlines()[-1]
+        else:
+            found[_name(node)] = {**said, "id": node["NodeID"], "resources": node["Resources"]}
     return found, silent
 
 
@@ -226,33 +210,6 @@ def _node(name: str, said: Mapping[str, Any], seen: set[str]) -> Node:
     unseen = None if said["id"] in seen else "what it writes is not seen by the driver"
     fields = {field.name: said[field.name] for field in dataclasses.fields(Node) if field.name in said}
     return Node(**fields | {"name": name, "storage": said["storage"] or unseen})
-
-
-def most(configs: list[Mapping[str, Any] | None]) -> Cluster | None:
-    """The largest that the cluster may become: as a platform told Ray, else by the file of the head; None: unknown."""
-    told = ray._private.state.state.get_cluster_config()
-    if told and told.node_group_configs:
-        groups = [(dict(group.resources), group.max_count) for group in told.node_group_configs]
-        kinds = tuple(Kind(resources, count if count >= 0 else math.inf) for resources, count in groups)
-        return Cluster(kinds=kinds, limits=dict(told.max_resources))
-    return next((capacity.autoscaled(config) for config in configs if config), None)
-
-
-def largest(resource: str) -> float:
-    """How much of a resource there is, or may be once an autoscaler has started all it may."""
-    here = float(ray.cluster_resources().get(resource, 0))
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    head = ray.get_runtime_context().gcs_address
-    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in alive]
-    look = ray.remote(probe.autoscaling)
-    asked = [look.options(num_cpus=0, max_retries=0, scheduling_strategy=place).remote(head) for place in places]
-    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=NODE_S)
-    found = []
-    for one in ready:
-        with suppress(ray.exceptions.RayError):  # of a node that went meanwhile
-            found.append(ray.get(one))
-    cluster = most(found)
-    return min(max(here, cluster.total(resource)), UNBOUNDED) if cluster else here
 
 
 def deployment(file: str) -> Deployment | None:
@@ -289,10 +246,6 @@ def deployment(file: str) -> Deployment | None:
 
 def line(one: Finding) -> str:
     return f"ok    {one.name}: {one.said}" if one.ok else f"FAIL  {one.name}: {one.said} -> {one.mend}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def main(argv: list[str] | None = None) -> int:

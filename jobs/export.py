@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from disranker import exports, lines, stages
 from disranker import recipe as recipes
-from disranker.recipe import Recipe, Refused
+from disranker.recipe import Recipe, Refused, in_a_line
 from disranker.store import Store
 from jobs import launch
 from jobs.launch import Failed, say
@@ -29,7 +29,7 @@ def run(recipe: Recipe, what: str, form: str, to: str) -> None:
             Store(to).put(write, *place)
             say("/".join((f"export: {what} -> {to}", *place)))
     except OSError as error:
-        raise Failed(f"export: {to} cannot be written: {' '.join(str(error).split())}") from error
+        raise Failed(f"export: {to} cannot be written: {in_a_line(error)}") from error
 
 
 def _parts(source: Store, what: str) -> Iterator[pa.Table]:

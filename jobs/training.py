@@ -37,7 +37,7 @@ from disranker.fit import Task
 from disranker.recipe import Distill, Finetune, Recipe, Refused, Training
 from disranker.stages import Step
 from disranker.store import Store
-from jobs import doctor, parts
+from jobs import nodes, parts
 from jobs.launch import SAY_EVERY_S, Failed, say
 
 STATE = "state-{}.pt"  # of a rank
@@ -322,7 +322,7 @@ def _check(cfg: Training, stage: str) -> None:
     have = ray.cluster_resources()
     for name, each in (("CPU", cfg.cpus_per_worker), ("GPU", cfg.gpus_per_worker)):
         wanted = cfg.workers * each
-        if wanted > have.get(name, 0) and wanted > (most := doctor.largest(name)):
+        if wanted > have.get(name, 0) and wanted > (most := nodes.largest(name)):
             raise Refused(
                 f"{stage}: {cfg.workers} workers of {each} {name} need {wanted}, the cluster has {most:g}; "
                 f"lower {stage}.workers or {stage}.{name.lower()}s_per_worker"

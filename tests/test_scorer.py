@@ -216,6 +216,5 @@ def test_one_engine_takes_all_cores_and_several_take_what_they_asked_for(monkeyp
         (3, 4, Score(gpus_per_actor=1), 2),
     ],
 )
-def test_one_cpu_is_kept_for_reading_and_engines_share_the_rest(monkeypatch, cpus, gpus, cfg, engines):
-    monkeypatch.setattr(score, "_has", {"CPU": cpus, "GPU": gpus}.get)
-    assert score._room(cfg) == engines
+def test_one_cpu_is_kept_for_reading_and_engines_share_the_rest(cpus, gpus, cfg, engines):
+    assert score._room(cfg, {"CPU": cpus, "GPU": gpus}.get) == engines

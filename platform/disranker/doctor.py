@@ -12,7 +12,7 @@ from typing import Any
 
 from disranker import capacity, contract, stages
 from disranker.capacity import GIB, Ask, Cluster
-from disranker.recipe import Model, Recipe, Refused
+from disranker.recipe import Model, Recipe, Refused, in_a_line
 
 LEAST_FILES = 8192  # open ones, of a process: what Ray itself advises
 FULL = 0.95  # of a disk: Ray stops spilling there
@@ -134,7 +134,7 @@ def inputs(facts: Facts, recipe: Recipe) -> Finding:
     try:
         files = sum(len(step.inputs) for step in stages.steps(recipe))
     except (Refused, OSError) as error:
-        return Finding("input", False, _line(error), "correct the path in the recipe, or put there what it names")
+        return Finding("input", False, in_a_line(error), "correct the path in the recipe, or put there what it names")
     return Finding("input", True, "a made-up world" if recipe.made_up else f"{files} files")
 
 
@@ -145,7 +145,7 @@ def models(facts: Facts, recipe: Recipe) -> Finding:
         try:
             check(section)
         except (Refused, OSError, ValueError) as error:
-            faults.append(_line(error))
+            faults.append(in_a_line(error))
     said = f"teacher {recipe.teacher.base}, student {recipe.student.base}"
     mend = "name another base, change the limits of its section, or fetch it to this machine (hf download)"
     return _finding("models", faults, f"{said} fit their contracts", mend)
@@ -361,10 +361,6 @@ def _some(texts: Sequence[str], comma: str = ", ") -> str:
     """A cluster may have hundreds of nodes, and one fault on all of them."""
     more = len(texts) - SHOWN
     return comma.join(texts[:SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _number(value: float) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from disranker import store
-from disranker.recipe import Refused
+from disranker.recipe import Refused, in_a_line
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")  # what pyarrow knows by the name
 CHUNK_BYTES = 16 << 20  # of a file that are in memory at a time
@@ -50,7 +50,7 @@ def to_the_end(file: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, pa.ArrowException, ijson.JSONError, UnicodeError) as error:
-        raise Refused(f"{file} cannot be read to its end: {' '.join(str(error).split())}") from error
+        raise Refused(f"{file} cannot be read to its end: {in_a_line(error)}") from error
 
 
 def physical(file: str) -> Iterator[Block]:

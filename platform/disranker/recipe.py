@@ -19,6 +19,11 @@ class Refused(ValueError):
     """Input or settings that a person must mend; jobs print the message alone and exit 2."""
 
 
+def in_a_line(error: Exception) -> str:
+    """What a library says in several, for a message of ours."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _changed(settings: Settings, name: str) -> bool:
     """Whether a setting has another value than its default: a recipe that was written out has all of them."""
     return bool(getattr(settings, name) != type(settings).model_fields[name].default)
@@ -325,7 +330,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     except OSError as error:
         raise Refused(f"recipe {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise Refused(f"recipe {path} is not YAML: {in_a_line(error)}") from error
     if not isinstance(content, dict):
         raise Refused(f"recipe {path} holds {type(content).__name__}, not settings by name")
     for override in overrides or []:

@@ -32,9 +32,8 @@ def nightly(recipe: Recipe, in_service: str) -> Recipe:
     """The recipe of a night: the student starts from the bundle in service, and the gate holds it against that one."""
     ours = recipe.student
     limits = {name: getattr(ours, name) for name in ("max_query_tokens", "max_title_tokens", "max_tokens")}
-    start = Student(
-        base=in_service, take="first", layers=ours.layers, **limits
-    )  # width, heads and words are the base's
+    # Width, heads and words are the base's.
+    start = Student(base=in_service, take="first", layers=ours.layers, **limits)
     publish: Publish = recipe.publish.model_copy(update={"in_service": in_service})
     return recipe.model_copy(update={"student": start, "publish": publish})
 
