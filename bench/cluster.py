@@ -1,7 +1,8 @@
 """`ray up cluster.yaml` on one host: all stages by `ray job submit` while nodes die, and growth while there is work.
 
-    python -m bench.cluster --only submitted     a head without work and two nodes, of which one dies
+    python -m bench.cluster --only submitted     from log to served student on a head without work and nodes that die
     python -m bench.cluster --only growth        scoring alone: from one node to the most, and back
+    python -m bench.cluster --only serving       an endpoint of two replicas, of whose nodes one dies under load
 
 The nodes are those of `bench.one_host`; schema, commands, token and autoscaler are as on a cloud.
 """
@@ -22,16 +23,17 @@ import httpx
 import psutil
 import yaml
 
-from bench import claims, made_up, runs
+from bench import claims, made_up, runs, serve
 from bench.claims import Line
-from bench.endpoints import SCRIPTS, START_S, environment
+from bench.endpoints import SCRIPTS, START_S, Server, configured, environment, serves
 from disranker.store import Store
 
 EXACT = ("documents", "judgments", "searches", "rejects", "evidence", "queries", "clicked", "groups")
 ALL = (*EXACT, "scores")  # as keys and scores of the teacher, of the student and of BM25
 DIGITS = 1e-3  # of scores and metrics
-KILLED = ("ingest",)  # stages in which a node dies; see bench.one_host for why not later
+KILLED = ("ingest", "finetune", "score", "distill")  # stages in which a node dies
 MARK = "DISRANKER_NODE"  # of the environment of what runs on a node: its home
+LOOK = ("environ", "status", "name", "cmdline")
 DIE_AFTER_S = 2.0  # of the stage's start
 Json = dict[str, Any]
 
@@ -44,6 +46,7 @@ class Plan:
     cpus: int = 1  # of a node
     idle_seconds: int = 20
     lists: int = 400  # that are scored, of 20 documents
+    serving_seconds: int = 60
 
 
 @dataclass
@@ -65,6 +68,10 @@ class Cluster:
     @property
     def file(self) -> Path:
         return self.folder / "cluster.yaml"
+
+    @property
+    def served(self) -> Path:
+        return self.folder / "serve.yaml"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -102,23 +109,26 @@ class Cluster:
             self.until(lambda: len(self.alive()) == 1 + self.least)
             self.until(lambda: self.asked("/api/jobs/") is not None)
             yield self
+            self.run(self.command("ray down"))
+            if left := self.alive():
+                raise runs.Broken(f"ray down left {', '.join(home.name for home in left)}")
         finally:
             for home in self.homes():  # the head first, or its autoscaler starts others
                 end(home)
 
     def command(self, start: str) -> list[str]:
-        """The command of docs/cluster.md that begins so, with this cluster's file and address."""
+        """The command of docs/cluster.md that begins so, with this cluster's files and address."""
         (found,) = [line for line in documented() if line.startswith(start)]
-        here = {"cluster.yaml": str(self.file), "http://127.0.0.1:8265": self.address}
+        here = {"cluster.yaml": self.file, "serve/config.yaml": self.served, "http://127.0.0.1:8265": self.address}
         program, *rest = shlex.split(found)
-        return [str(SCRIPTS / program), *(here.get(word, word) for word in rest)]
+        return [str(SCRIPTS / program), *(str(here.get(word, word)) for word in rest)]
 
     def run(self, command: Sequence[str]) -> None:
         """Raises `Broken` with what it said."""
         done = subprocess.run(command, cwd=runs.ROOT, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = f"{done.stdout}{done.stderr}{self.said()}"
-            raise runs.Broken(f"{' '.join(command)} ended with {done.returncode}: {said}")
+            told = f"{done.stdout}{done.stderr}{self.logs()}"
+            raise runs.Broken(f"{' '.join(command)} ended with {done.returncode}: {told}")
 
     def submit(self, stage: str, recipe: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
         """`ray job submit`, which follows the job."""
@@ -135,6 +145,12 @@ class Cluster:
                 start_new_session=True,
             )
 
+    def deploy(self, bundle: Path, port: int) -> None:
+        """`serve deploy` with a replica on each of two nodes, and waits until they serve."""
+        self.served.write_text(configured(bundle, port, (2, 2), 1, 1))
+        self.run(self.command("serve deploy"))
+        self.until(lambda: serves(port, bundle) and len(self.replicas()) == 2)
+
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.dashboard}"
@@ -149,7 +165,7 @@ class Cluster:
 
     def alive(self) -> list[Path]:
         """Homes of the nodes that Ray runs on, the head first."""
-        return [home for home in self.homes() if any("raylet" in each.name() for each in processes(home))]
+        return [home for home in self.homes() if any("raylet" in each.info["name"] for each in processes(home))]
 
     def homes(self) -> list[Path]:
         """Of all nodes that there ever were, in order."""
@@ -158,39 +174,46 @@ class Cluster:
 
     def driver(self) -> Path | None:
         """The node on which the job's own process runs."""
-        for home in self.alive():
-            for process in processes(home):
-                with suppress(psutil.Error):
-                    if "-m jobs." in " ".join(process.cmdline()):
-                        return home
-        return None
+        return next(iter(self.running("-m jobs.")), None)
 
-    def said(self) -> str:
+    def replicas(self) -> list[Path]:
+        """The nodes that have one of the endpoint."""
+        return self.running("Reranker")
+
+    def running(self, words: str) -> list[Path]:
+        """Homes of the nodes that run a process of whose command line these words are."""
+        return [home for home in self.alive() if any(words in said(each) for each in processes(home))]
+
+    def logs(self) -> str:
         """The end of what the commands of each node said."""
-        logs = [home / "log" for home in self.homes() if (home / "log").exists()]
-        return "".join(f"\n{log}: {log.read_text(errors='replace')[-1500:]}" for log in logs)
+        found = [home / "log" for home in self.homes() if (home / "log").exists()]
+        return "".join(f"\n{log}: {log.read_text(errors='replace')[-1500:]}" for log in found)
 
     def until(self, what: Callable[[], Any]) -> None:
         try:
             runs.until(what, None, START_S, 0.5)
         except runs.Broken as error:
-            raise runs.Broken(f"the cluster is not as it should be: {error}: {self.said()}") from None
+            raise runs.Broken(f"the cluster is not as it should be: {error}: {self.logs()}") from None
 
 
 def apart(home: Path) -> dict[str, str]:
-    """The environment of a machine of its own, with this project installed: nothing of the Ray around it."""
-    kept = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
+    """The environment of a machine of its own, with this project installed: nothing of the Ray around it.
+
+    LD_PRELOAD is of it too: Ray's processes have an allocator by it that its workers must not have.
+    """
+    kept = {name: value for name, value in environment().items() if not name.startswith(("RAY_", "LD_PRELOAD"))}
     return kept | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
+def said(process: psutil.Process) -> str:
+    """Its command line, which a worker of Ray replaces by what it works at."""
+    return " ".join(process.info["cmdline"] or [])
+
+
 def processes(home: Path) -> list[psutil.Process]:
-    """All that run on a node."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+    """All that run on a node; `info` has name and command line, also of one that ends meanwhile."""
+    alive = (each for each in psutil.process_iter(LOOK) if each.info["status"] != psutil.STATUS_ZOMBIE)
+    return [each for each in alive if (each.info["environ"] or {}).get(MARK) == str(home)]
 
 
 def end(home: Path) -> None:
@@ -213,11 +236,13 @@ def documented() -> list[str]:
 
 
 def submitted(plan: Plan) -> Iterator[Line]:
-    """The tables of a run whose nodes die, against those of a run on this machine alone."""
+    """The tables of a run whose nodes die, against those of a run on this machine alone; then its student is served."""
     alone, ours = (_recipe(plan, name) for name in ("alone", "cluster"))
     runs.done(alone, plan.folder / "alone.log", stage="pipeline", artefact="bundle")
     with Cluster(plan.folder / "up", least=2).up() as cluster:
         died = killed(cluster, ours, plan.folder / "cluster.log")
+        asked = serve.Plan(plan.folder, store=str(runs.root(ours)), fault_seconds=plan.serving_seconds)
+        yield outlived(cluster, asked, runs.root(ours) / "bundle")
     found = unlike(*(Store(str(runs.root(recipe))) for recipe in (alone, ours)))
     yield claims.within("cluster: tables unlike those of one node", [len(found)], 0, "tables", unlike=found, died=died)
 
@@ -252,6 +277,26 @@ def growth(plan: Plan) -> Iterator[Line]:
     counts = {"labels": len(labels), "keys": len(dict(labels)), "first": seen[0], "seconds": len(seen)}
     yield claims.against("cluster: nodes at most while it scores", [max(seen)], [plan.most], "nodes", 1.0, **counts)
     yield claims.within("cluster: one node again", [shrunk_s], 6 * plan.idle_seconds, "s")
+
+
+def serving(plan: Plan) -> Iterator[Line]:
+    """What clients lost that tried once more, while a node with a replica died and another came in its place."""
+    asked = serve.Plan(plan.folder, tiny=True, engine="openvino", lists=40, fault_seconds=plan.serving_seconds)
+    with Cluster(plan.folder / "up", least=2).up() as cluster:
+        yield outlived(cluster, asked, serve.made(asked).bundle)
+
+
+def outlived(cluster: Cluster, asked: serve.Plan, bundle: Path) -> Line:
+    cluster.deploy(bundle, port := runs.free_port())
+    server = Server("disranker", f"http://127.0.0.1:{port}/v1/rerank")
+    stream = f"closed={serve.DOCUMENTS}x2"
+    with serve.load_running(asked, server, stream, seconds=asked.fault_seconds, retry=True) as finished:
+        time.sleep(asked.fault_seconds / 3)
+        died = cluster.replicas()[-1]
+        end(died)
+        (told,) = finished()
+    cluster.until(lambda: len(cluster.replicas()) == 2)
+    return serve.lost("a node with a replica", told) | {"died": died.name}
 
 
 def killed(cluster: Cluster, recipe: Path, log: Path, stages: Sequence[str] = KILLED, *options: str) -> list[str]:
@@ -313,8 +358,8 @@ def close(one: list[list[float]], other: list[list[float]]) -> bool:
     return all(math.isclose(*pair, rel_tol=DIGITS, abs_tol=DIGITS) or all(map(math.isnan, pair)) for pair in pairs)
 
 
-MEASUREMENTS = {each.__name__: each for each in (submitted, growth)}
-SMALL_PLAN = {"lists": 100, "idle_seconds": 5}
+MEASUREMENTS = {each.__name__: each for each in (submitted, growth, serving)}
+SMALL_PLAN = {"lists": 100, "idle_seconds": 5, "serving_seconds": 15}
 
 
 def main(argv: list[str] | None = None) -> int:

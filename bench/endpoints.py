@@ -105,6 +105,30 @@ def _answers(url: str, **headers: str) -> bool:
     return False
 
 
+def configured(bundle: Path, port: int, replicas: tuple[int, int], cpus: int, of_a_node: int, **more: Any) -> str:
+    """serve/config.yaml with a bundle, from so many replicas to so many with `cpus` each; `more` are settings."""
+    config = yaml.safe_load((runs.ROOT / "serve" / "config.yaml").read_text())
+    config["http_options"]["port"] = port
+    (application,) = config["applications"]
+    application["args"] |= {"cache_mib": 1} | more
+    (deployment,) = application["deployments"]
+    deployment["user_config"]["bundle"] = str(bundle)
+    deployment["ray_actor_options"]["num_cpus"] = cpus
+    deployment["max_replicas_per_node"] = of_a_node
+    least, most = replicas
+    scaling = {"min_replicas": least, "max_replicas": most, "downscale_delay_s": 5, "upscale_delay_s": 2}
+    deployment["autoscaling_config"] |= scaling
+    return yaml.safe_dump(config)
+
+
+def serves(port: int, bundle: Path) -> bool:
+    """Whether the endpoint on this port has this bundle."""
+    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
+        found = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).json()
+        return bool(found["bundle"] == json.loads((bundle / "bundle.json").read_text())["digest"])
+    return False
+
+
 @dataclass
 class Endpoint:
     """Ours, on a Ray of its own of so many nodes, each with all cores and a proxy."""
@@ -141,41 +165,19 @@ class Endpoint:
             yield self
 
     def deploy(self, bundle: Path, replicas: tuple[int, int] = (1, 1), cpus: int = CORES, **more: Any) -> None:
-        """serve/config.yaml with a bundle, and waits until that bundle serves."""
-        config = yaml.safe_load((runs.ROOT / "serve" / "config.yaml").read_text())
-        config["http_options"]["port"] = self.port
-        (application,) = config["applications"]
-        application["args"] |= {"cache_mib": 1} | more
-        (deployment,) = application["deployments"]
-        deployment["user_config"]["bundle"] = str(bundle)
-        deployment["ray_actor_options"]["num_cpus"] = cpus
-        deployment["max_replicas_per_node"] = replicas[1] // self.nodes or 1
-        scaling = {
-            "min_replicas": replicas[0],
-            "max_replicas": replicas[1],
-            "downscale_delay_s": 5,
-            "upscale_delay_s": 2,
-        }
-        deployment["autoscaling_config"] |= scaling
+        """`configured`, and waits until that bundle serves."""
         path = self.folder / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(configured(bundle, self.port, replicas, cpus, replicas[1] // self.nodes or 1, **more))
         command = [str(SCRIPTS / "serve"), "deploy", "--address", self.dashboard, str(path)]
         done = subprocess.run(
             command, cwd=runs.ROOT, env=environment() | self.variables, check=False, capture_output=True, text=True
         )
         if done.returncode:
             raise runs.Broken(f"serve deploy ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-2000:]}")
-        digest = json.loads((bundle / "bundle.json").read_text())["digest"]
-        runs.until(lambda: self.ready().get("bundle") == digest, self.processes[0], START_S, 0.2)
+        runs.until(partial(serves, self.port, bundle), self.processes[0], START_S, 0.2)
 
     def _dashboard_answers(self) -> bool:
         return _answers(f"{self.dashboard}/api/serve/applications/", Authorization=f"Bearer {self.token}")
-
-    def ready(self) -> Json:
-        with contextlib.suppress(httpx.HTTPError, ValueError):
-            found: Json = httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5).json()
-            return found
-        return {}
 
     def workers(self, word: str) -> list[psutil.Process]:
         """Of Ray Serve: "Reranker" for replicas, "ProxyActor" for proxies."""

@@ -5,9 +5,8 @@ the commands that start Ray, is as on a cloud. `provider` of the YAML:
 
     {type: external, module: bench.one_host.OneHost, folder: /tmp/nodes, port: 40123, dashboard: 40124, first: 1}
 
-One thing differs: nodes of one host share the folder into which Ray unpacks what a job brings. A node that comes later
-unpacks it anew, and processes of the others lose the folder they work in, so that an engine of vLLM no longer starts:
-kill nodes here while logs are read, not while the teacher works.
+Each node has a /tmp/ray of its own, by a mount that it alone sees (`unshare`): Ray gives all nodes the head's folder,
+and one that comes later would unpack what a job brings anew, so that others lose the folder they work in.
 
 Addresses are 127.0.<first>.1 and so on. What runs on a node has its home in `MARK` of its environment, and ends by it.
 """
@@ -23,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ray._common.utils import get_default_ray_temp_dir
 from ray.autoscaler._private.command_runner import _with_environment_variables
 from ray.autoscaler._private.subprocess_output_util import ProcessRunnerError
 from ray.autoscaler.command_runner import CommandRunnerInterface
@@ -31,6 +31,8 @@ from ray.autoscaler.node_provider import NodeProvider
 from bench import runs
 from bench.cluster import MARK, apart, end
 
+# With mounts of its own; who is not root becomes it there, and there alone.
+APART = ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)))
 MEMORY = 200_000_000  # bytes of each node's object store
 
 Json = dict[str, Any]
@@ -125,7 +127,7 @@ class Shell(CommandRunnerInterface):
             log.write(f"$ {command}\n".encode())
             log.flush()
             done = subprocess.run(
-                ["bash", "-c", self.here(command)],
+                [*APART, "bash", "-c", f"{self.mounted()} && {self.here(command)}"],
                 cwd=self._home,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
@@ -138,6 +140,13 @@ class Shell(CommandRunnerInterface):
         if done.returncode:
             raise ProcessRunnerError("a command failed", "ssh_command_failed", code=done.returncode, command=command)
         return (done.stdout or b"").decode()
+
+    def mounted(self) -> str:
+        """The command that puts a folder of this node in the place of Ray's."""
+        own, shared = self._home / "ray", Path(get_default_ray_temp_dir())
+        for folder in (own, shared):
+            folder.mkdir(exist_ok=True)
+        return f"mount --bind {own} {shared}"
 
     def here(self, command: str) -> str:
         """The command where other nodes, and other Rays, are on the same host."""

@@ -375,7 +375,7 @@ def disturbed(plan: Plan, ours: Endpoint, name: str, event: Callable[[], Any], s
         (said,) = finished()
     for word in ("Reranker", "ProxyActor"):
         runs.until(lambda word=word: len(ours.workers(word)) == ours.nodes, ours.processes[0], START_S, 0.5)
-    return _lost(name, said)
+    return lost(name, said)
 
 
 def grown(plan: Plan, ours: Endpoint) -> Line:
@@ -387,10 +387,10 @@ def grown(plan: Plan, ours: Endpoint) -> Line:
             if time.monotonic() > began + START_S:
                 raise runs.Broken(f"not {replicas} replicas within {START_S:g} s of {clients} clients")
             said += load(plan, ours.server, f"closed={DOCUMENTS}x{clients}", seconds=plan.fault_seconds, retry=True)
-    return _lost("growth from 1 replica to 2 and back", *said)
+    return lost("growth from 1 replica to 2 and back", *said)
 
 
-def _lost(name: str, *said: Json) -> Line:
+def lost(name: str, *said: Json) -> Line:
     statuses: dict[str, int] = {}
     for each in said:
         for status, count in each["statuses"].items():
