@@ -31,6 +31,7 @@ def look(uri: str, folder: str, node: str, content: bytes, gcs_address: str) -> 
         "versions": versions(),
         "cores": len(os.sched_getaffinity(0)),
         "machine_cores": os.cpu_count() or 1,
+        "preload": os.environ.get("LD_PRELOAD", ""),
         "variables": {name: variables[name] for name in THREADS if name in variables},
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "store": store,

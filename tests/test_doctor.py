@@ -34,6 +34,7 @@ def node(name="a", **changes):
         "cores": 2,
         "machine_cores": 2,
         "variables": {},
+        "preload": "",
         "files": 65_536,
         "store": "/dev/shm",
         "store_bytes": 4 * GIB,
@@ -66,7 +67,7 @@ def by_name(found):
 def test_where_all_is_well_every_check_says_so():
     found = doctor.examine(facts(), recipe())
     assert [one.name for one in found if not one.ok] == []
-    assert len(found) == len(doctor.CHECKS) == len(by_name(found)) == 12
+    assert len(found) == len(doctor.CHECKS) == len(by_name(found)) == 13
     assert all(one.said and not one.mend for one in found)
 
 
@@ -100,6 +101,7 @@ BROKEN_NODES = {
     "storage": ({"storage": "FileNotFoundError: x"}, "not shared, b: FileNotFoundError: x", "s3://bucket/run"),
     "shm": ({"store_bytes": GIB // 16}, "b: /dev/shm has 0.1 GiB, the object store 2.0 GiB", "--shm-size"),
     "files": ({"files": 1024}, "b: 1024 open files", "ulimit -n 8192"),
+    "preload": ({"preload": "/lib/libjemalloc.so"}, "b: /lib/libjemalloc.so", "unset LD_PRELOAD"),
     "threads": ({"variables": {"OMP_NUM_THREADS": "2"}}, "OMP_NUM_THREADS 2 for each of 2 workers", "unset"),
     "spill": ({"spill_free": 6 * GIB}, "b: /tmp/ray has room for 1.0 GiB, the object store 2.0 GiB", "95% full"),
 }
@@ -447,7 +449,7 @@ def test_the_whole_doctor_finds_the_tiny_recipe_well_and_leaves_nothing(ray_here
     assert (status, err) == (0, ""), out
     found = {one["name"]: one for one in json.loads((tmp_path / "found.json").read_text())}
     assert [text.split(":")[0] for text in out.splitlines()] == [f"ok    {name}" for name in found]
-    assert len(found) == 12 and all(one["ok"] for one in found.values())
+    assert len(found) == 13 and all(one["ok"] for one in found.values())
     assert "2 CPUs and 0 GPUs at its present size" in found["resources"]["said"]
     assert "asks for one and takes ours" in found["token"]["said"]
     assert not root.exists()
@@ -456,7 +458,7 @@ def test_the_whole_doctor_finds_the_tiny_recipe_well_and_leaves_nothing(ray_here
     (root / "mine").write_text("stays")
     assert job.main([*command, "--set", "score.actors=99"]) == 2
     out, err = capsys.readouterr()
-    assert err == "refused: 1 of 12 checks fail: resources\n"
+    assert err == "refused: 1 of 13 checks fail: resources\n"
     assert [file.name for file in root.iterdir()] == ["mine"]
 
 

@@ -31,6 +31,7 @@ class Node:
     cores: int  # that a process there may use
     machine_cores: int  # that it sees
     variables: Mapping[str, str]  # of threads, in the environment that Ray was started with there
+    preload: str  # what LD_PRELOAD puts into its workers, empty if nothing
     files: int  # that a process may have open
     store: str  # the folder of the object store
     store_bytes: int  # that the file system of this folder has in all
@@ -198,6 +199,13 @@ def threads(facts: Facts, recipe: Recipe) -> Finding:
     return _finding("threads", faults, "no node runs more threads than it has cores", mend)
 
 
+def preload(facts: Facts, recipe: Recipe) -> Finding:
+    """Ray keeps the allocator of its own processes from its workers, but not one that was there before it."""
+    faults = [f"{node.name}: {node.preload}" for node in facts.nodes if "malloc" in node.preload]
+    mend = "unset LD_PRELOAD before ray start, or set RAY_LD_PRELOAD_ON_WORKERS=0: under jemalloc OpenVINO aborts"
+    return _finding("preload", faults, "no node puts another allocator into its workers", mend)
+
+
 def spill(facts: Facts, recipe: Recipe) -> Finding:
     """What does not fit into the object store goes to disk: once its size, before the disk is as full as Ray allows."""
     faults = []
@@ -235,6 +243,7 @@ CHECKS: tuple[Callable[[Facts, Recipe], Finding], ...] = (
     shm,
     files,
     threads,
+    preload,
     spill,
     serve,
 )
