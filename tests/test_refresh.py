@@ -57,6 +57,8 @@ def test_a_day_is_what_the_whole_log_has_more_than_before():
     first, second = page("a", ["x", "y"], {2}), page("b", ["x"], {1})
     assert refresh.since(counted(first, second), counted(first)).rows() == counted(second).rows()
     assert refresh.since(counted(first), counted(first, second)).is_empty()  # somebody was forgotten
+    clicked, shown = page("a", ["x"], {1}), page("a", ["x"])  # one was forgotten, and two came
+    assert {row[2:] for row in refresh.since(counted(shown, shown), counted(clicked)).rows()} == {(1, 0)}
     assert refresh.added([counted(first), counted(second)]).rows() == counted(first, second).rows()
 
 
@@ -95,6 +97,19 @@ def test_a_share_of_4_in_10_over_a_bar_of_3_is_chance_in_10_searches_and_a_drift
     few, many = (refresh.drift(days(new=0.4, searches=n), days(), Refresh())[0] for n in (10, 1000))
     assert (few.value, few.drifted) == (many.value, not many.drifted) == (0.4, False)
     assert 0 < few.low < 0.1 and 0.35 < many.low < 0.4
+
+
+def test_clicks_that_double_change_by_all_of_them_and_those_that_halve_by_half():
+    once, twice = days(click=lambda n: {n % 3 + 1}), days(click=lambda n: {n % 3 + 1, 5})
+    for today, before, change in ((twice, once, 1.0), (once, twice, 0.5)):
+        assert refresh.drift(today, before, Refresh())[2].value == pytest.approx(change)
+
+
+@pytest.mark.parametrize(("searches", "drifted"), [(12, False), (60, True)])
+def test_positions_of_a_few_clicks_shift_by_chance(searches, drifted):
+    today = days(click=lambda n: {1 if n % 3 else 3}, searches=searches)
+    measure = refresh.drift(today, days(click=lambda n: {n % 3 + 1}), Refresh())[3]
+    assert measure.value > 5 * measure.bar and measure.drifted == drifted
 
 
 def test_the_psi_of_a_third_and_two_thirds_turned_round_is_the_log_of_two_by_two_thirds():

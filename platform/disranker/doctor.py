@@ -313,7 +313,7 @@ def _threads(node: Node, deployment: Deployment | None, recipe: Recipe) -> Itera
     if cpus > node.cores:
         yield f"Ray counts {_number(cpus)} CPUs on {node.cores} cores"
     given = node.variables.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and cpus and int(given) * cpus > max(node.cores, cpus):
+    if given.isdigit() and int(given) * cpus > max(node.cores, cpus):
         yield f"OMP_NUM_THREADS {given} for each of {_number(cpus)} workers, on {node.cores} cores"
     if given.isdigit() and deployment and not deployment.threads and int(given) < math.floor(deployment.num_cpus):
         yield f"OMP_NUM_THREADS {given} for a replica of {_number(deployment.num_cpus)} CPUs"
