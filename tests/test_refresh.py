@@ -57,8 +57,8 @@ def test_a_day_is_what_the_whole_log_has_more_than_before():
     first, second = page("a", ["x", "y"], {2}), page("b", ["x"], {1})
     assert refresh.since(counted(first, second), counted(first)).rows() == counted(second).rows()
     assert refresh.since(counted(first), counted(first, second)).is_empty()  # somebody was forgotten
-    clicked, shown = page("a", ["x"], {1}), page("a", ["x"])  # one was forgotten, and two came
-    assert {row[2:] for row in refresh.since(counted(shown, shown), counted(clicked)).rows()} == {(1, 0)}
+    clicked, shown = page("a", ["x"], {1}), page("a", ["x"])  # one was forgotten, and three came
+    assert {row[2:] for row in refresh.since(counted(*[shown] * 3), counted(clicked)).rows()} == {(2, 0)}
     assert refresh.added([counted(first), counted(second)]).rows() == counted(first, second).rows()
 
 
