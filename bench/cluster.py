@@ -27,6 +27,7 @@ from bench import claims, made_up, runs, serve
 from bench.claims import Line
 from bench.endpoints import SCRIPTS, START_S, Server, configured, environment, serves
 from disranker.store import Store
+from jobs import publish
 
 EXACT = ("documents", "judgments", "searches", "rejects", "evidence", "queries", "clicked", "groups")
 ALL = (*EXACT, "scores")  # as keys and scores of the teacher, of the student and of BM25
@@ -241,10 +242,11 @@ def submitted(plan: Plan) -> Iterator[Line]:
     runs.done(alone, plan.folder / "alone.log", stage="pipeline", artefact="bundle")
     with Cluster(plan.folder / "up", least=2).up() as cluster:
         died = killed(cluster, ours, plan.folder / "cluster.log")
+        found = unlike(*(Store(str(runs.root(recipe))) for recipe in (alone, ours)))
+        claim = "cluster: tables unlike those of one node"
+        yield claims.within(claim, [len(found)], 0, "tables", unlike=found, died=died)
         asked = serve.Plan(plan.folder, store=str(runs.root(ours)), fault_seconds=plan.serving_seconds)
-        yield outlived(cluster, asked, runs.root(ours) / "bundle")
-    found = unlike(*(Store(str(runs.root(recipe))) for recipe in (alone, ours)))
-    yield claims.within("cluster: tables unlike those of one node", [len(found)], 0, "tables", unlike=found, died=died)
+        yield outlived(cluster, asked, runs.root(ours) / publish.BUNDLE)
 
 
 def _recipe(plan: Plan, name: str) -> Path:

@@ -6,6 +6,7 @@ import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import httpx
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from bench import runs
+from bench.endpoints import Endpoint
 from disranker import bundle, recipe, refresh, stages
 from disranker.labels import Labels
 from disranker.recipe import Evaluate, Refresh, Refused
@@ -310,6 +313,25 @@ def test_a_deployment_that_fails_says_so_and_a_config_that_cannot_be_written_sta
     with pytest.raises(ZeroDivisionError):
         job._canary(*job.serving(path), night, tmp_path / "2", 0.1)
     assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_night_deploys_its_canary_beside_the_bundle_that_serves(released, other, tmp_path, monkeypatch):
+    with Endpoint(tmp_path).up() as ours:
+        ours.deploy(released, cpus=1)
+        for name, value in ours.variables.items():
+            monkeypatch.setenv(name, value)
+        path = tmp_path / "config.yaml"
+        job._canary(*job.serving(path), job.Night("1", path, tmp_path, ours.dashboard), Path(other), 0.5)
+        ready = runs.until(lambda: tried(ours.port), ours.processes[0], 60)
+    assert ready["experiment"]["name"] == "refresh-1" and "refused" not in ready
+    assert ready["bundle"] == bundle.digest(released)
+
+
+def tried(port):
+    """What the endpoint says of itself, once it tries a candidate."""
+    ready = httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=10).json()
+    return "experiment" in ready and ready
 
 
 def command(folder, content, path, day, *overrides):
