@@ -25,6 +25,8 @@ CUT = {
     "finetune.cpus_per_worker": "1",
     "distill.cpus_per_worker": "1",
     "evaluate.resamples": "200",
+    "publish.timed_lists": "5",
+    "publish.timing_rounds": "1",
 }
 
 
