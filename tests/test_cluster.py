@@ -10,7 +10,7 @@ from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from bench import cluster as clusters
-from bench import one_host
+from bench import one_host, serve
 from disranker.store import Store
 
 
@@ -88,13 +88,17 @@ def test_rows_are_compared_exactly_but_for_their_fractions():
 
 
 @pytest.mark.slow
-def test_a_job_on_nodes_that_ray_up_started_outlives_one_of_them_and_leaves_the_same_tables(tiny_run, tiny, tmp_path):
+def test_a_job_and_then_an_endpoint_on_nodes_that_ray_up_started_outlive_one_of_them(tiny_run, tiny, tmp_path):
     recipe, log = tmp_path / "recipe.yaml", tmp_path / "log"
     recipe.write_text(yaml.safe_dump(tiny | {"root": str(tmp_path / "run")}))
     with clusters.Cluster(tmp_path / "up", least=2).up() as cluster:
         assert cluster.asked("/api/jobs/") == [] and len(cluster.alive()) == 3
         assert clusters.killed(cluster, recipe, log, ["ingest"], "--until", "sample") == ["ingest"]
         cluster.until(lambda: len(cluster.alive()) == 3)  # the autoscaler has put another in its place
+        (tmp_path / "asked").mkdir()
+        asked = serve.Plan(tmp_path / "asked", tiny=True, engine="openvino", lists=40, fault_seconds=9)
+        lost = clusters.outlived(cluster, asked, serve.made(asked).bundle)
         homes = cluster.homes()
-    assert not any(clusters.processes(home) for home in homes) and len(homes) == 4
+    assert lost["ours"] == 0 and lost["requests"] > 20
+    assert not any(clusters.processes(home) for home in homes) and len(homes) == 5
     assert clusters.unlike(tiny_run, Store(str(tmp_path / "run")), clusters.EXACT) == []
