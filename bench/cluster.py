@@ -27,7 +27,6 @@ from bench import claims, made_up, runs, serve
 from bench.claims import Line
 from bench.endpoints import SCRIPTS, START_S, Server, configured, environment, serves
 from disranker.store import Store
-from jobs import publish
 
 EXACT = ("documents", "judgments", "searches", "rejects", "evidence", "queries", "clicked", "groups")
 ALL = (*EXACT, "scores")  # as keys and scores of the teacher, of the student and of BM25
@@ -238,6 +237,8 @@ def documented() -> list[str]:
 
 def submitted(plan: Plan) -> Iterator[Line]:
     """The tables of a run whose nodes die, against those of a run on this machine alone; then its student is served."""
+    from jobs import publish
+
     alone, ours = (_recipe(plan, name) for name in ("alone", "cluster"))
     runs.done(alone, plan.folder / "alone.log", stage="pipeline", artefact="bundle")
     with Cluster(plan.folder / "up", least=2).up() as cluster:
