@@ -36,11 +36,11 @@ def test_the_best_of_1_4_and_16_clients_is_held_against_the_engine_and_the_peers
 def test_what_a_client_lost_counts_whatever_had_no_200_in_the_end():
     one = said(1, 1, statuses={"200": 10, "0": 1}, requests=11, retried=2, late=0, faults=["a"])
     other = said(1, 1, statuses={"200": 5, "429": 1}, requests=6, retried=1, late=1, faults=[])
-    line = serve._lost("a test", one, other)
+    line = serve.lost("a test", one, other)
     assert line["ours"] == 2 and line["ratio"] < 1
     assert line["statuses"] == {"200": 15, "0": 1, "429": 1} and (line["requests"], line["retried"]) == (17, 3)
     kept = said(1, 1, statuses={"200": 3}, requests=3, retried=0, late=0, faults=[])
-    assert serve._lost("a test", kept)["ratio"] == 1
+    assert serve.lost("a test", kept)["ratio"] == 1
 
 
 def test_texts_are_cut_so_that_neither_we_nor_a_peer_has_to(released, tmp_path):
