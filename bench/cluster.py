@@ -262,7 +262,7 @@ def growth(plan: Plan) -> Iterator[Line]:
     pool = {"actors": 1, "max_actors": plan.most, "cpus_per_actor": 1, "pairs_per_batch": 64}
     recipe = made_up.make(plan.folder / "growth", range(plan.lists), score=pool)
     log, seen = plan.folder / "growth.log", []
-    with Cluster(plan.folder / "up", most=plan.most - 1, cpus=plan.cpus, idle_s=plan.idle_seconds).up() as cluster:
+    with Cluster(plan.folder / "grown", most=plan.most - 1, cpus=plan.cpus, idle_s=plan.idle_seconds).up() as cluster:
         seen.append(len(cluster.alive()) - 1)
         job = cluster.submit("score", recipe, log)
         try:
@@ -284,8 +284,9 @@ def growth(plan: Plan) -> Iterator[Line]:
 
 def serving(plan: Plan) -> Iterator[Line]:
     """What clients lost that tried once more, while a node with a replica died and another came in its place."""
-    asked = serve.Plan(plan.folder, tiny=True, engine="openvino", lists=40, fault_seconds=plan.serving_seconds)
-    with Cluster(plan.folder / "up", least=2).up() as cluster:
+    (folder := plan.folder / "serving").mkdir()
+    asked = serve.Plan(folder, tiny=True, engine="openvino", lists=40, fault_seconds=plan.serving_seconds)
+    with Cluster(folder / "up", least=2).up() as cluster:
         yield outlived(cluster, asked, serve.made(asked).bundle)
 
 
