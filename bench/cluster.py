@@ -20,20 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import yaml
 
 from bench import claims, made_up, runs, serve
 from bench.claims import Line
-from bench.endpoints import SCRIPTS, START_S, Server, configured, environment, serves
+from bench.endpoints import SCRIPTS, START_S, Server, configured, serves
+from bench.machines import apart, end, processes, said
 from disranker.store import Store
 
 EXACT = ("documents", "judgments", "searches", "rejects", "evidence", "queries", "clicked", "groups")
 ALL = (*EXACT, "scores")  # as keys and scores of the teacher, of the student and of BM25
 DIGITS = 1e-3  # of scores and metrics
 KILLED = ("ingest", "finetune", "score", "distill")  # stages in which a node dies
-MARK = "DISRANKER_NODE"  # of the environment of what runs on a node: its home
-LOOK = ("environ", "status", "name", "cmdline")
 DIE_AFTER_S = 2.0  # of the stage's start
 Json = dict[str, Any]
 
@@ -196,35 +194,6 @@ class Cluster:
             raise runs.Broken(f"the cluster is not as it should be: {error}: {self.logs()}") from None
 
 
-def apart(home: Path) -> dict[str, str]:
-    """The environment of a machine of its own, with this project installed: nothing of the Ray around it.
-
-    LD_PRELOAD is of it too: Ray's processes have an allocator by it that its workers must not have.
-    """
-    kept = {name: value for name, value in environment().items() if not name.startswith(("RAY_", "LD_PRELOAD"))}
-    return kept | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def said(process: psutil.Process) -> str:
-    """Its command line, which a worker of Ray replaces by what it works at."""
-    return " ".join(process.info["cmdline"] or [])
-
-
-def processes(home: Path) -> list[psutil.Process]:
-    """All that run on a node; `info` has name and command line, also of one that ends meanwhile."""
-    alive = (each for each in psutil.process_iter(LOOK) if each.info["status"] != psutil.STATUS_ZOMBIE)
-    return [each for each in alive if (each.info["environ"] or {}).get(MARK) == str(home)]
-
-
-def end(home: Path) -> None:
-    """SIGKILL for all of a node, until none is left: one may have started another meanwhile."""
-    while alive := processes(home):
-        for process in alive:
-            with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, 5)
-
-
 def documented() -> list[str]:
     """The commands of docs/cluster.md for a cluster that `ray up` starts."""
     text = (runs.ROOT / "docs" / "cluster.md").read_text().split("## One that `ray up` starts")[1].split("\n## ")[0]
@@ -291,6 +260,7 @@ def serving(plan: Plan) -> Iterator[Line]:
 
 
 def outlived(cluster: Cluster, asked: serve.Plan, bundle: Path) -> Line:
+    """The same on a cluster that is up, with this bundle."""
     cluster.deploy(bundle, port := runs.free_port())
     server = Server("disranker", f"http://127.0.0.1:{port}/v1/rerank")
     stream = f"closed={serve.DOCUMENTS}x2"

@@ -161,10 +161,10 @@ def growth(plan: Plan) -> Iterator[Line]:
     for stage in ("ingest", "aggregate"):
         yield claims.within(f"logs: {stage}, largest process", largest[stage, once], MOST_MEMORY_MIB, "MiB")
         for times in TIMES[1:]:
-            claim, said = f"logs: {stage} of {times} times the log", {"searches": plan.log(times).searches}
-            yield claims.against(claim, seconds[stage, times], seconds[stage, once], "s", 1 / (1.1 * times), **said)
-            claim, sizes = f"logs: {stage}, largest process on {times} times the log", largest[stage, times]
-            yield claims.against(claim, sizes, largest[stage, once], "MiB", 1 / 1.1)
+            longer, searches = f"{times} times the log", plan.log(times).searches
+            took, sizes = ((of[stage, times], of[stage, once]) for of in (seconds, largest))
+            yield claims.against(f"logs: {stage} of {longer}", *took, "s", 1 / (1.1 * times), searches=searches)
+            yield claims.against(f"logs: {stage}, largest process on {longer}", *sizes, "MiB", 1 / 1.1)
 
 
 def _seconds(work: Callable[[], None]) -> float:

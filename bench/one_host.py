@@ -29,7 +29,7 @@ from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.node_provider import NodeProvider
 
 from bench import runs
-from bench.cluster import MARK, apart, end
+from bench.machines import MARK, apart, end
 
 # With mounts of its own; who is not root becomes it there, and there alone.
 APART = ("unshare", "--mount", *(() if os.geteuid() == 0 else ("--map-root-user",)))
@@ -143,10 +143,8 @@ class Shell(CommandRunnerInterface):
 
     def mounted(self) -> str:
         """The command that puts a folder of this node in the place of Ray's."""
-        own, shared = self._home / "ray", Path(get_default_ray_temp_dir())
-        for folder in (own, shared):
-            folder.mkdir(exist_ok=True)
-        return f"mount --bind {own} {shared}"
+        places = f"{self._home / 'ray'} {get_default_ray_temp_dir()}"
+        return f"mkdir -p {places} && mount --bind {places}"
 
     def here(self, command: str) -> str:
         """The command where other nodes, and other Rays, are on the same host."""

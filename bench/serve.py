@@ -391,6 +391,7 @@ def grown(plan: Plan, ours: Endpoint) -> Line:
 
 
 def lost(name: str, *said: Json) -> Line:
+    """How many requests had no 200 in the end, of all that `load` says."""
     statuses: dict[str, int] = {}
     for each in said:
         for status, count in each["statuses"].items():

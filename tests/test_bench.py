@@ -52,6 +52,7 @@ PARTS = {
     "endpoints",
     "hostile",
     "load",
+    "machines",
     "mfu",
     "one_host",
     "runs",

@@ -2,16 +2,20 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 from jsonschema import ValidationError
+from ray._common.utils import get_default_ray_temp_dir
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from bench import cluster as clusters
-from bench import one_host, serve
+from bench import machines, one_host, serve
 from disranker.store import Store
+
+SHARED_RAY = Path(get_default_ray_temp_dir())
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +74,20 @@ def test_the_commands_that_are_run_here_are_those_of_the_docs(tmp_path):
     assert "--" in submit and len(clusters.documented()) >= 5
 
 
-def test_commands_of_a_node_reach_its_own_ray_alone(tmp_path):
+def test_commands_of_a_node_reach_its_own_ray_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "an allocator of Ray's own processes")
     shell = one_host.Shell("127.0.9.3", tmp_path, {"port": 4000, "dashboard": 5000})
     assert shell.here("ray stop") == shell.here("source ~/x; ray stop") == "true"
     started = shell.here("export RAY_HEAD_IP=127.0.9.1; ray start --address=$RAY_HEAD_IP:6379")
     assert "--node-ip-address=127.0.9.3" in started and started.endswith("--address=$RAY_HEAD_IP:4000")
-    assert shell.environment()["HOME"] == shell.environment()[clusters.MARK] == str(tmp_path)
+    assert shell.environment()["HOME"] == shell.environment()[machines.MARK] == str(tmp_path)
+    assert not {name for name in shell.environment() if name.startswith("LD_") or name == "RAY_AUTH_TOKEN"}
+
+
+def test_a_node_has_the_folder_of_ray_for_itself(tmp_path):
+    (home := tmp_path / "home").mkdir()
+    one_host.Shell("127.0.9.3", home, {"port": 4000, "dashboard": 5000}).run(f"touch {SHARED_RAY}/{tmp_path.name}")
+    assert (home / "ray" / tmp_path.name).exists() and not (SHARED_RAY / tmp_path.name).exists()
 
 
 def test_rows_are_compared_exactly_but_for_their_fractions():
@@ -100,5 +112,5 @@ def test_a_job_and_then_an_endpoint_on_nodes_that_ray_up_started_outlive_one_of_
         lost = clusters.outlived(cluster, asked, serve.made(asked).bundle)
         homes = cluster.homes()
     assert lost["ours"] == 0 and lost["requests"] > 20
-    assert not any(clusters.processes(home) for home in homes) and len(homes) == 5
+    assert not any(machines.processes(home) for home in homes) and len(homes) == 5
     assert clusters.unlike(tiny_run, Store(str(tmp_path / "run")), clusters.EXACT) == []

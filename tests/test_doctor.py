@@ -549,9 +549,11 @@ def test_a_node_without_a_free_cpu_answers(ray_here):
             return True
 
     busy = ray.remote(Busy).options(num_cpus=ray.cluster_resources()["CPU"]).remote()
-    ray.get(busy.ready.remote())
-    assert [answer for _, answer in nodes.ask(probe.autoscaling, lambda _: ("nowhere",))] == [None]
-    ray.kill(busy)
+    try:
+        ray.get(busy.ready.remote())
+        assert [answer for _, answer in nodes.ask(probe.autoscaling, lambda _: ("nowhere",))] == [None]
+    finally:
+        ray.kill(busy)
 
 
 def test_what_an_autoscaler_may_start_counts_as_there(monkeypatch):
